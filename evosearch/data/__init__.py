@@ -1,0 +1,18 @@
+"""Images for calibration, validation, training and the final test, kept apart.
+
+numpy arrays only; turning them into normalised tensors is the network's business.
+"""
+
+from evosearch.data.arrays import ImagePool, Images, balanced_subset, held_out_mask
+from evosearch.data.sources import DATASETS, DataSource, SourceOptions, open_source
+
+__all__ = [
+    "DATASETS",
+    "DataSource",
+    "ImagePool",
+    "Images",
+    "SourceOptions",
+    "balanced_subset",
+    "held_out_mask",
+    "open_source",
+]

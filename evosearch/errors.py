@@ -1,0 +1,137 @@
+"""Everything that evosearch raises on purpose.
+
+EvosearchError
+├─ ConfigError(ValueError)            exit 2   a recipe, an option or an argument is wrong
+│  └─ ConfigMismatch                           a run directory belongs to another recipe
+├─ DataError(ValueError)              exit 2   images or labels are missing or unusable
+├─ NetworkError(ValueError)           exit 2   a network or its weights cannot be used
+├─ SpaceError(ValueError)             exit 2   a genome or a policy cannot be what it claims
+│  ├─ PolicyError                              a group emptied, a width out of range
+│  └─ BudgetUnreachable                        no policy satisfies a constraint
+├─ LedgerError(OSError)               exit 2   a run directory cannot be used
+│  ├─ RunExists                                launching where a run already is
+│  ├─ LedgerLocked                             another process writes to it
+│  ├─ LedgerVersionError                       written by another schema
+│  ├─ LedgerCorrupt                            not a ledger, or damaged
+│  └─ ReplayMismatch                           the algorithm no longer asks what it asked before
+├─ BackendError(RuntimeError)         exit 1   no worker can be started, nothing can be written
+└─ CandidateError(RuntimeError)                never leaves the scorer; becomes Measurement.status
+   ├─ CandidateTimeout
+   ├─ CandidateOutOfMemory
+   └─ WorkerLost
+
+A message says what was wanted, what came instead, and what to do. The command line prints it and
+exits with `exit_code`; nothing else turns these errors into text.
+"""
+
+from typing import ClassVar
+
+__all__ = [
+    "BackendError",
+    "BudgetUnreachable",
+    "CandidateError",
+    "CandidateOutOfMemory",
+    "CandidateTimeout",
+    "ConfigError",
+    "ConfigMismatch",
+    "DataError",
+    "EvosearchError",
+    "LedgerCorrupt",
+    "LedgerError",
+    "LedgerLocked",
+    "LedgerVersionError",
+    "NetworkError",
+    "PolicyError",
+    "ReplayMismatch",
+    "RunExists",
+    "SpaceError",
+    "WorkerLost",
+]
+
+
+class EvosearchError(Exception):
+    """Base of all errors that carry a sentence for the user."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(EvosearchError, ValueError):
+    """A recipe, an option or an argument is wrong."""
+
+    exit_code = 2
+
+
+class ConfigMismatch(ConfigError):
+    """A run directory was made with another recipe; names the key and both values."""
+
+
+class DataError(EvosearchError, ValueError):
+    """Images or labels are missing or unusable."""
+
+    exit_code = 2
+
+
+class NetworkError(EvosearchError, ValueError):
+    """A network or its weights cannot be used."""
+
+    exit_code = 2
+
+
+class SpaceError(EvosearchError, ValueError):
+    """A genome, a policy or a search space is not what it claims to be."""
+
+    exit_code = 2
+
+
+class PolicyError(SpaceError):
+    """A policy would empty a group or keep more channels than there are."""
+
+
+class BudgetUnreachable(SpaceError):
+    """No policy of the search space satisfies a constraint; names the reachable range."""
+
+
+class LedgerError(EvosearchError, OSError):
+    """A run directory cannot be used."""
+
+    exit_code = 2
+
+
+class RunExists(LedgerError):
+    """A launch was pointed at a directory that already holds something."""
+
+
+class LedgerLocked(LedgerError):
+    """Another process is writing to the run."""
+
+
+class LedgerVersionError(LedgerError):
+    """The ledger was written by another schema version."""
+
+
+class LedgerCorrupt(LedgerError):
+    """The ledger is damaged, or is not a ledger."""
+
+
+class ReplayMismatch(LedgerError):
+    """A resumed algorithm asked for other policies than the ledger recorded."""
+
+
+class BackendError(EvosearchError, RuntimeError):
+    """The environment failed: no worker can be started, nothing can be written."""
+
+
+class CandidateError(EvosearchError, RuntimeError):
+    """One candidate could not be scored. Recorded as a measurement, never raised to a user."""
+
+
+class CandidateTimeout(CandidateError):
+    """Scoring took longer than the recipe allows."""
+
+
+class CandidateOutOfMemory(CandidateError):
+    """Scoring ran out of memory, also with half the batch."""
+
+
+class WorkerLost(CandidateError):
+    """The worker process that scored the candidate died."""

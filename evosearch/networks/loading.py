@@ -1,0 +1,188 @@
+"""From the name of a network to the network: built in, torchvision's, or a user's own."""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from evosearch.errors import NetworkError
+from evosearch.networks.catalogue import BUILT_IN, IMAGENET, InputSpec
+from evosearch.networks.weights import load_into, read_weights, weights_path
+
+__all__ = ["Network", "NetworkSpec", "build_module", "load_network"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSpec:
+    """How to make a network again, in this process or another.
+
+    Args:
+        name: A built-in name, a torchvision model, `module:factory` or `path/to/file.py:factory`.
+        num_classes: Width of the classifier, for built-in and torchvision networks.
+        arguments: Keyword arguments of a torchvision model or of a user's factory.
+        weights: A file, `shipped:NAME`, or None for random weights.
+        input_shape, mean, std: Override what the weights file or the catalogue says.
+    """
+
+    name: str
+    num_classes: int = 10
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    input_shape: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Network:
+    """A dense network with what belongs to it.
+
+    Args:
+        spec: How it was made.
+        module: The network, in evaluation mode.
+        input: Shape and normalisation of its images.
+    """
+
+    spec: NetworkSpec
+    module: nn.Module
+    input: InputSpec
+
+    def example(self, batch: int = 1) -> Tensor:
+        """A random input `(batch, channels, height, width)`, the same at every call."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(batch, *self.input.shape, generator=generator)
+
+    def normalise(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Turns `(n, height, width, channels)` uint8 into the network's `(n, c, h, w)` float32.
+
+        The result is in channels-last memory order.
+        """
+        mean = torch.tensor(self.input.mean).view(-1, 1, 1)
+        scale = 1 / (255 * torch.tensor(self.input.std).view(-1, 1, 1))
+        # A copy: pixels may be a read-only view into shared memory.
+        images = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float()
+        return (images - 255 * mean) * scale
+
+
+def _torchvision_factory(name: str) -> Callable[..., nn.Module] | None:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    return models.get_model_builder(name) if name in known else None
+
+
+def _own_factory(name: str) -> Callable[..., nn.Module]:
+    place, _, attribute = name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            path = Path(place).resolve()
+            if not path.is_file():
+                raise NetworkError(f"network {name!r}: file {path} does not exist")
+            # Found again by name, so that classes defined in the file can be pickled by workers.
+            module_name = f"evosearch_user_{path.stem}"
+            spec = importlib.util.spec_from_file_location(module_name, path)
+            if spec is None or spec.loader is None:
+                raise NetworkError(f"network {name!r}: {path} cannot be imported")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[module_name] = module
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except NetworkError:
+        raise
+    except Exception as exc:  # a user's file may raise anything while it is imported
+        raise NetworkError(f"network {name!r}: importing {place} failed with {exc!r}") from exc
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise NetworkError(f"network {name!r}: {place} has no function or class {attribute!r}")
+    return factory  # type: ignore[no-any-return]
+
+
+def _call(name: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> nn.Module:
+    try:
+        module = factory(**arguments)
+    except Exception as exc:  # a user's factory may raise anything
+        raise NetworkError(f"network {name!r}: making it failed with {exc!r}") from exc
+    if not isinstance(module, nn.Module):
+        raise NetworkError(
+            f"network {name!r} must return a torch.nn.Module, got {type(module).__name__}"
+        )
+    return module
+
+
+def build_module(spec: NetworkSpec) -> tuple[nn.Module, InputSpec]:
+    """Makes the network with random weights, and says what input it has by default.
+
+    Raises:
+        NetworkError: The name is unknown, or making it failed.
+    """
+    if spec.name in BUILT_IN:
+        entry = BUILT_IN[spec.name]
+        if spec.arguments:
+            raise NetworkError(
+                f"network.arguments: built-in {spec.name!r} takes none, got "
+                f"{', '.join(spec.arguments)}"
+            )
+        return entry.make(spec.num_classes), entry.input
+    if ":" in spec.name and not spec.name.startswith("torchvision:"):
+        factory = _own_factory(spec.name)
+        arguments = dict(spec.arguments)
+        if "num_classes" in inspect.signature(factory).parameters:
+            arguments.setdefault("num_classes", spec.num_classes)
+        return _call(spec.name, factory, arguments), IMAGENET
+    found = _torchvision_factory(spec.name.removeprefix("torchvision:"))
+    if found is None:
+        raise NetworkError(
+            f"no network {spec.name!r}; there are {', '.join(BUILT_IN)}, torchvision's "
+            "classification models, or your own as module:factory or path/to/file.py:factory"
+        )
+    arguments = {"weights": None, "num_classes": spec.num_classes, **spec.arguments}
+    return _call(spec.name, found, arguments), IMAGENET
+
+
+def _metadata_input(metadata: Mapping[str, str], default: InputSpec) -> InputSpec:
+    known = {
+        key: tuple(json.loads(metadata[key]))
+        for key in ("shape", "mean", "std")
+        if key in metadata
+    }
+    return replace(default, **known)
+
+
+def load_network(spec: NetworkSpec) -> Network:
+    """Makes a network, loads its weights, and settles its input.
+
+    Normalisation and input shape come from the spec, else from the metadata of a safetensors
+    file, else from the catalogue.
+
+    Raises:
+        NetworkError: The network cannot be made, its weights do not fit, or its input is
+            contradictory.
+    """
+    module, input_spec = build_module(spec)
+    if spec.weights is not None:
+        path = weights_path(spec.weights)
+        state, metadata = read_weights(path)
+        load_into(module, state, str(path))
+        input_spec = _metadata_input(metadata, input_spec)
+    overrides = {"shape": spec.input_shape, "mean": spec.mean, "std": spec.std}
+    input_spec = replace(input_spec, **{k: v for k, v in overrides.items() if v is not None})
+    channels = input_spec.shape[0]
+    for key, values in (("mean", input_spec.mean), ("std", input_spec.std)):
+        if len(values) != channels:
+            raise NetworkError(
+                f"network.{key} needs one number per input channel ({channels}), got {len(values)}"
+            )
+    if min(input_spec.std) <= 0:
+        raise NetworkError(f"network.std must be positive, got {input_spec.std}")
+    return Network(spec=spec, module=module.eval(), input=input_spec)

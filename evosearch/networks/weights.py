@@ -1,0 +1,117 @@
+"""Reading and writing weights: safetensors, or a state dict that needs no unpickling of code."""
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from evosearch.errors import NetworkError
+
+__all__ = ["load_into", "read_weights", "save_weights", "weights_path"]
+
+_SHIPPED = "shipped:"
+
+
+def weights_path(weights: str) -> Path:
+    """The file that `weights` names: a path, or `shipped:NAME` for weights in the package.
+
+    Raises:
+        NetworkError: There is no such file.
+    """
+    if weights.startswith(_SHIPPED):
+        folder = Path(str(resources.files("evosearch.networks") / "shipped"))
+        path = folder / f"{weights.removeprefix(_SHIPPED)}.safetensors"
+        if not path.is_file():
+            names = sorted(p.stem for p in folder.glob("*.safetensors"))
+            raise NetworkError(f"no shipped weights {weights!r}; there are {', '.join(names)}")
+        return path
+    path = Path(weights)
+    if not path.is_file():
+        raise NetworkError(f"weights file {path} does not exist")
+    return path
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a state dict and the metadata that came with it.
+
+    A dict under the key `state_dict` or `model` is unwrapped, a `module.` prefix removed.
+
+    Returns:
+        The tensors by name, and the metadata (empty unless the file is safetensors).
+
+    Raises:
+        NetworkError: The file is not a state dict that can be read without running its code.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as archive:
+                return {k: archive.get_tensor(k) for k in archive.keys()}, archive.metadata() or {}  # noqa: SIM118
+        except (SafetensorError, OSError) as exc:
+            raise NetworkError(f"{path} is not a readable safetensors file: {exc}") from exc
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as exc:
+        raise NetworkError(
+            f"{path} holds more than tensors, and loading it would run its code; "
+            "save network.state_dict() instead of the network"
+        ) from exc
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as exc:
+        raise NetworkError(f"{path} is not a readable state dict: {exc}") from exc
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise NetworkError(f"{path} is not a state dict: wanted tensors by name")
+    return {str(k).removeprefix("module."): v for k, v in content.items()}, {}
+
+
+def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Copies a state dict into a network whose tensors must have the same names and shapes.
+
+    Raises:
+        NetworkError: Names or shapes differ; names the first few and the origin.
+    """
+    expected = module.state_dict()
+    # Counters of batch norm are absent from old files and mean nothing for inference.
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    surplus = [k for k in state if k not in expected]
+    shapes = [
+        f"{k} is {tuple(state[k].shape)}, wanted {tuple(expected[k].shape)}"
+        for k in expected
+        if k in state and state[k].shape != expected[k].shape
+    ]
+    problems = [
+        f"{what}: {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
+        for what, keys in (("missing", missing), ("not in the network", surplus), ("shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise NetworkError(f"weights {origin} do not fit the network; {'; '.join(problems)}")
+    module.load_state_dict({**expected, **state})
+
+
+def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, object]) -> None:
+    """Writes a network's tensors as safetensors, atomically.
+
+    Args:
+        path: Ends with `.safetensors`.
+        module: Its state dict is written.
+        metadata: Values are stored as JSON text.
+    """
+    tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, scratch, {k: json.dumps(v) for k, v in metadata.items()})
+        with scratch.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,276 @@
+"""Trains a dense baseline: plain, seeded, resumable, with a log.
+
+Every random choice of an epoch follows from (seed, epoch), so a run that was stopped and started
+again sees the same batches. The weights of the last epoch are kept: no epoch is chosen by looking
+at held-out or test images.
+"""
+
+import csv
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evosearch.data import Images
+from evosearch.errors import BackendError, ConfigError
+from evosearch.networks import Network
+
+__all__ = ["EpochLog", "TrainSettings", "top1", "train", "write_log"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How to train.
+
+    Args:
+        epochs: Passes over the training images.
+        batch_size: Images per step.
+        lr: Peak learning rate of SGD with Nesterov momentum 0.9; one cosine down to zero after a
+            linear warm-up.
+        warmup_epochs: Length of the warm-up.
+        weight_decay: L2 penalty on every parameter, batch norm included.
+        label_smoothing: Share of the target spread over all classes.
+        crop_padding: Zero padding before the random crop; 0 turns cropping off.
+        flip: Mirror half of the images.
+        precision: `float32`, or `bfloat16` (autocast; weights stay float32).
+        seed: Of initial weights, order and augmentation.
+        threads: CPU threads of torch.
+    """
+
+    epochs: int = 100
+    batch_size: int = 128
+    lr: float = 0.1
+    warmup_epochs: float = 2.0
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    crop_padding: int = 4
+    flip: bool = True
+    precision: str = "float32"
+    seed: int = 0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 2:
+            raise ConfigError("training needs epochs >= 1 and a batch size >= 2")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ConfigError(f"precision is float32 or bfloat16, got {self.precision!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochLog:
+    """One line of the log. Accuracies are fractions; `train_top1` is of augmented images."""
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_top1: float
+    held_out_top1: float
+    seconds: float
+
+
+def augment(
+    pixels: NDArray[np.uint8], padding: int, flip: bool, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Random crops of zero-padded images, half of them mirrored.
+
+    Args:
+        pixels: `(n, height, width, channels)` uint8.
+        padding: Zeros added on each side before cropping back to the size.
+        flip: Whether to mirror.
+        rng: Source of the choices.
+
+    Returns:
+        Array like `pixels`.
+    """
+    n, height, width, _ = pixels.shape
+    if padding:
+        around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+        padded = np.pad(pixels, around)
+        top, left = rng.integers(0, 2 * padding + 1, (2, n))
+        rows = top[:, None, None] + np.arange(height)[None, :, None]
+        columns = left[:, None, None] + np.arange(width)[None, None, :]
+        pixels = padded[np.arange(n)[:, None, None], rows, columns]
+    if flip:
+        mirrored = rng.random(n) < 0.5
+        pixels = np.where(mirrored[:, None, None, None], pixels[:, :, ::-1], pixels)
+    return pixels
+
+
+def _batches(
+    images: Images, settings: TrainSettings, epoch: int
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    rng = np.random.default_rng((settings.seed, epoch))
+    order = rng.permutation(len(images))
+    for start in range(0, len(order) - settings.batch_size + 1, settings.batch_size):
+        chosen = order[start : start + settings.batch_size]
+        pixels = augment(images.pixels[chosen], settings.crop_padding, settings.flip, rng)
+        yield pixels, images.labels[chosen]
+
+
+def learning_rate(settings: TrainSettings, progress: float) -> float:
+    """The learning rate after `progress` epochs: linear warm-up, then half a cosine to zero."""
+    if progress < settings.warmup_epochs:
+        return settings.lr * progress / settings.warmup_epochs
+    span = max(settings.epochs - settings.warmup_epochs, 1e-9)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (progress - settings.warmup_epochs) / span))
+
+
+@torch.inference_mode()
+def top1(network: Network, images: Images, batch_size: int = 500) -> float:
+    """Share of images whose largest logit is their label, in float32."""
+    network.module.eval()
+    device = next(network.module.parameters()).device
+    hits = 0
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        logits = network.module(network.normalise(images.pixels[part]).to(device))
+        labels = torch.from_numpy(images.labels[part]).to(device)
+        hits += int((logits.argmax(1) == labels).sum())
+    return hits / len(images)
+
+
+class _Checkpoint:
+    """The state between two epochs, in one file beside the result."""
+
+    def __init__(self, path: Path, settings: TrainSettings) -> None:
+        self.path = path
+        self.settings = asdict(settings)
+
+    def load(self, module: nn.Module, optimiser: torch.optim.Optimizer) -> list[EpochLog]:
+        if not self.path.exists():
+            return []
+        state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        # The number of threads changes speed and rounding, not what is trained.
+        for key in (k for k in self.settings if k != "threads"):
+            if state["settings"].get(key) != self.settings[key]:
+                raise ConfigError(
+                    f"{self.path} was trained with {key} = {state['settings'].get(key)}, now it is "
+                    f"{self.settings[key]}; remove the file to start over"
+                )
+        module.load_state_dict(state["module"])
+        optimiser.load_state_dict(state["optimiser"])
+        return [EpochLog(**line) for line in state["log"]]
+
+    def save(
+        self, module: nn.Module, optimiser: torch.optim.Optimizer, log: list[EpochLog]
+    ) -> None:
+        scratch = self.path.with_name(f"{self.path.name}.tmp")
+        state = {
+            "settings": self.settings,
+            "module": module.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "log": [asdict(line) for line in log],
+        }
+        try:
+            torch.save(state, scratch)
+        except (OSError, RuntimeError) as exc:
+            raise BackendError(f"cannot write {scratch}: {exc}") from exc
+        os.replace(scratch, self.path)
+
+
+def _train_epoch(
+    network: Network,
+    images: Images,
+    optimiser: torch.optim.Optimizer,
+    settings: TrainSettings,
+    epoch: int,
+) -> tuple[float, float]:
+    device = next(network.module.parameters()).device
+    network.module.train()
+    loss_sum, hits, seen = 0.0, 0, 0
+    steps = len(images) // settings.batch_size
+    for step, (pixels, labels) in enumerate(_batches(images, settings, epoch)):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(settings, epoch + (step + 1) / steps)
+        inputs = network.normalise(pixels).to(device)
+        target = torch.from_numpy(labels).to(device)
+        optimiser.zero_grad()
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
+        ):
+            logits: Tensor = network.module(inputs)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, target, label_smoothing=settings.label_smoothing)
+        loss.backward()
+        optimiser.step()
+        loss_sum += float(loss.detach()) * len(labels)
+        hits += int((logits.detach().argmax(1) == target).sum())
+        seen += len(labels)
+    if not math.isfinite(loss_sum):
+        raise ConfigError(f"training diverged in epoch {epoch + 1}; lower lr ({settings.lr})")
+    return loss_sum / seen, hits / seen
+
+
+def train(
+    network: Network,
+    images: Images,
+    held_out: Images,
+    settings: TrainSettings,
+    *,
+    checkpoint: Path | None = None,
+    report: Callable[[EpochLog], None] = lambda line: None,
+) -> list[EpochLog]:
+    """Trains a network in place; continues from `checkpoint` if that file exists.
+
+    Args:
+        network: Its module is trained where it is (CPU or GPU).
+        images: To train on.
+        held_out: Measured after every epoch, for the log alone.
+        settings: How.
+        checkpoint: Written after every epoch.
+        report: Called with each new line of the log.
+
+    Returns:
+        The log, one line per epoch, including epochs before a restart.
+
+    Raises:
+        ConfigError: The checkpoint was made with other settings, or the loss became infinite.
+        BackendError: The checkpoint cannot be written.
+    """
+    torch.set_num_threads(settings.threads)
+    module = network.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimiser = torch.optim.SGD(
+        module.parameters(),
+        lr=settings.lr,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=settings.weight_decay,
+    )
+    keeper = _Checkpoint(checkpoint, settings) if checkpoint else None
+    log = keeper.load(module, optimiser) if keeper else []
+    for epoch in range(len(log), settings.epochs):
+        start = time.perf_counter()
+        loss, accuracy = _train_epoch(network, images, optimiser, settings, epoch)
+        line = EpochLog(
+            epoch=epoch + 1,
+            lr=learning_rate(settings, epoch + 1),
+            train_loss=loss,
+            train_top1=accuracy,
+            held_out_top1=top1(network, held_out),
+            seconds=time.perf_counter() - start,
+        )
+        log.append(line)
+        if keeper:
+            keeper.save(module, optimiser, log)
+        report(line)
+    module.eval()
+    return log
+
+
+def write_log(path: Path, log: list[EpochLog]) -> None:
+    """Writes the log as CSV, one row per epoch."""
+    rows = [asdict(line) for line in log]
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: round(v, 5) for k, v in row.items()})
