@@ -1,59 +1,249 @@
-"""The commands. Names become objects here; nothing heavy is imported before it is needed."""
+"""The commands. Thin: each turns words into one call and its answer into text.
+
+Nothing heavy is imported before it is needed. Results go to stdout, progress and errors to
+stderr. Exit codes: 0 done, 2 bad input, 1 the environment failed, 130 interrupted.
+"""
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evosearch.errors import EvosearchError
+from evosearch.errors import ConfigError, EvosearchError
+
+if TYPE_CHECKING:
+    from evosearch.measurement import Measurement
+    from evosearch.run import Finished
+    from evosearch.training import EpochLog
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="evosearch",
-    help="Evolutionary search of pruning policies for convolutional networks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
 )
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe or a .toml")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: search.population=48"),
+]
+Workers = Annotated[int | None, typer.Option(min=0, help="Scorers on Ray; 0: in this process")]
+Evaluations = Annotated[int | None, typer.Option(min=1, help="Distinct policies to measure")]
+
+
+class Progress:
+    """Shows a run on stderr: a line per phase, a line every few seconds in between."""
+
+    def __init__(self) -> None:
+        import time
+
+        self._clock = time.monotonic
+        self._start = self._last = self._clock()
+
+    def phase(self, text: str) -> None:
+        """A new phase has begun."""
+        typer.echo(f"[{self._clock() - self._start:6.1f} s] {text}", err=True)
+
+    def landed(self, track: str, measurement: "Measurement", count: int, budget: int) -> None:
+        """A measurement landed."""
+        now = self._clock()
+        if not measurement.ok:
+            self.phase(f"{measurement.policy.digest} {measurement.status}: {measurement.reason}")
+        if now - self._last > 5 or count == budget:
+            self._last = now
+            self.phase(f"{track} {count} of {budget}")
+
+
+def _recipe(
+    name: str,
+    settings: list[str] | None,
+    **overrides: Any,
+) -> Any:
+    from evosearch.recipe import load_recipe
+
+    return load_recipe(
+        name, settings or (), {k.replace("__", "."): v for k, v in overrides.items()}
+    )
+
+
+def _conclude(finished: "Finished") -> None:
+    """Prints what a search found, and ends with its exit code."""
+    from rich.console import Console
+
+    from evosearch.results.report import front_table, hypervolume_lines
+
+    if finished.results.rows:
+        Console().print(front_table(finished.results))
+        for line in hypervolume_lines(finished.results):
+            typer.echo(line)
+        for path in finished.files:
+            typer.echo(f"{path.suffix[1:]:18s} {path}")
+    typer.echo(f"{'run':18s} {finished.directory} ({finished.outcome.reason})")
+    if finished.interrupted:
+        typer.echo(f"interrupted; continue with: evosearch resume {finished.directory}", err=True)
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def launch(
+    recipe: RecipeName,
+    out: Annotated[Path | None, typer.Option(help="Directory of the run [runs/RECIPE]")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search")] = None,
+    workers: Workers = None,
+    evaluations: Evaluations = None,
+    algorithm: Annotated[str | None, typer.Option(help="See `evosearch list algorithms`")] = None,
+    settings: Settings = None,
+    ray_address: Annotated[str | None, typer.Option(help="Join this Ray cluster")] = None,
+    seed_from: Annotated[
+        Path | None, typer.Option(help="Start from the last population of this run")
+    ] = None,
+) -> None:
+    """Search for pruning policies and print their Pareto front.
+
+    Example: evosearch launch quickstart --workers 2 --set search.population=32
+    """
+    checked = _recipe(
+        recipe,
+        settings,
+        search__seed=seed,
+        search__evaluations=evaluations,
+        search__algorithm=algorithm,
+        run__workers=workers,
+        run__ray_address=ray_address,
+    )
+    from evosearch.run import launch as start
+    from evosearch.run import new_run_directory
+
+    _conclude(start(checked, out or new_run_directory(recipe), Progress(), seed_from=seed_from))
+
+
+@app.command()
+def resume(
+    run: RunPath,
+    evaluations: Evaluations = None,
+    workers: Workers = None,
+    ray_address: Annotated[str | None, typer.Option(help="Join this Ray cluster")] = None,
+) -> None:
+    """Continue a run that was interrupted, or a finished one with a larger budget.
+
+    Example: evosearch resume runs/quickstart --evaluations 500
+    """
+    from evosearch.run import resume as proceed
+
+    options = {"workers": workers, "ray_address": ray_address}
+    given = {key: value for key, value in options.items() if value is not None}
+    _conclude(proceed(run, Progress(), evaluations=evaluations, run_options=given))
+
+
+@app.command()
+def status(
+    run: RunPath,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+) -> None:
+    """Tell how a run stands, also while it is searching.
+
+    Example: evosearch status runs/quickstart --json
+    """
+    import json
+
+    from evosearch.status import read_status
+
+    facts = read_status(run)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        if value is not None:
+            shown = f"{value:.4f}" if isinstance(value, float) else value
+            typer.echo(f"{key.replace('_', ' '):22s} {shown}")
+
+
+@app.command()
+def export(
+    run: RunPath,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Ends with .csv .json .parquet .png .safetensors")
+    ],
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every measurement, not the front")
+    ] = False,
+    policy: Annotated[
+        str | None, typer.Option(help="Which network to write as .safetensors (first digits do)")
+    ] = None,
+) -> None:
+    """Write the front of a run as a table or picture, or one of its networks.
+
+    Example: evosearch export runs/quickstart front.csv
+    Example: evosearch export runs/quickstart small.safetensors --policy 711c20c4
+    """
+    from evosearch.ledger import Ledger
+
+    if file.suffix == ".safetensors":
+        from evosearch.results.models import export_network
+
+        typer.echo(export_network(run, file, policy))
+        return
+    if policy is not None:
+        raise ConfigError("--policy writes a network: FILE must end with .safetensors")
+    from evosearch.results.export import export as write
+    from evosearch.results.front import read_results
+
+    with Ledger.open(run) as ledger:
+        results = read_results(ledger)
+    write(results, file, everything=everything)
+    count = len(results.rows if everything else results.front)
+    typer.echo(f"{file}: {count} policies")
+
+
+@app.command()
+def profile(recipe: RecipeName, settings: Settings = None, workers: Workers = None) -> None:
+    """Show groups, genes and cost range of a recipe, time one candidate, predict the search.
+
+    Example: evosearch profile quickstart --set space.round_to=8
+    """
+    checked = _recipe(recipe, settings, run__workers=workers)
+    from evosearch.profiling import profile as measure
+    from evosearch.profiling import profile_lines
+
+    for line in profile_lines(checked, measure(checked)):
+        typer.echo(line)
 
 
 @app.command()
 def train(
-    network: Annotated[str, typer.Argument(help="Name of a network, module:factory or file.py:factory")],
+    network: Annotated[str, typer.Argument(help="A name, module:factory or file.py:factory")],
     data: Annotated[str, typer.Argument(help="Name of a data set, or an .npz file")],
     out: Annotated[Path, typer.Option(help="Where the weights go (.safetensors)")],
-    num_classes: Annotated[int, typer.Option(help="Width of the classifier")] = 10,
-    epochs: Annotated[int, typer.Option(min=1)] = 100,
-    batch_size: Annotated[int, typer.Option(min=2)] = 128,
+    num_classes: Annotated[int, typer.Option(min=1, help="Width of the classifier")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images")] = 100,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images per step")] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate")] = 0.1,
-    weight_decay: Annotated[float, typer.Option()] = 5e-4,
+    weight_decay: Annotated[float, typer.Option(help="L2 penalty")] = 5e-4,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and crops")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
     data_root: Annotated[Path, typer.Option(help="Folder of the data set")] = Path("data"),
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set")] = False,
     test_data: Annotated[Path | None, typer.Option(help="Test images of an .npz")] = None,
-    held_out: Annotated[int | None, typer.Option(help="Images never trained on")] = None,
+    held_out: Annotated[int | None, typer.Option(min=1, help="Images never trained on")] = None,
     official_order: Annotated[
-        bool, typer.Option("--official-order", help="The .npz keeps a random order")
+        bool, typer.Option("--official-order", help="The .npz is in random order already")
     ] = False,
 ) -> None:
-    """Train a dense baseline: seeded, resumable, with a log.
+    """Train a dense baseline: seeded, with a log; run again after a kill, it continues.
 
-    Example: `evosearch train resnet20 cifar10 --download --out resnet20.safetensors`
+    Example: evosearch train resnet20 cifar10 --download --out resnet20.safetensors
     """
     from evosearch.data import SourceOptions
     from evosearch.networks import NetworkSpec
-    from evosearch.training import EpochLog, TrainSettings
+    from evosearch.training import TrainSettings
     from evosearch.training.command import train_baseline
-
-    def report(line: EpochLog) -> None:
-        typer.echo(
-            f"epoch {line.epoch:3d}  loss {line.train_loss:.4f}  train {line.train_top1:.2%}  "
-            f"held out {line.held_out_top1:.2%}  {line.seconds:.0f} s",
-            err=True,
-        )
 
     trained = train_baseline(
         NetworkSpec(name=network, num_classes=num_classes),
@@ -76,10 +266,37 @@ def train(
         ),
         out,
         test=not (data.endswith(".npz") and test_data is None),
-        report=report,
+        report=_report_epoch,
     )
     test = "" if trained.test_top1 is None else f", test {trained.test_top1:.2%}"
     typer.echo(f"{trained.weights}: held out {trained.held_out_top1:.2%}{test}; log {trained.log}")
+
+
+def _report_epoch(line: "EpochLog") -> None:
+    typer.echo(
+        f"epoch {line.epoch:3d}  loss {line.train_loss:.4f}  train {line.train_top1:.2%}  "
+        f"held out {line.held_out_top1:.2%}  {line.seconds:.0f} s",
+        err=True,
+    )
+
+
+@app.command("list")
+def list_names(
+    what: Annotated[
+        str,
+        typer.Argument(help="recipes, spaces, algorithms, criteria, proxies, networks, datasets"),
+    ],
+) -> None:
+    """List what a recipe can name.
+
+    Example: evosearch list algorithms
+    """
+    from evosearch.listing import LISTS
+
+    if what not in LISTS:
+        raise ConfigError(f"nothing to list under {what!r}; there are {', '.join(LISTS)}")
+    for name, title in LISTS[what]().items():
+        typer.echo(f"{name:18s} {title}")
 
 
 @app.callback()
@@ -94,3 +311,6 @@ def main() -> None:
     except EvosearchError as exc:
         typer.echo(f"evosearch: {exc}", err=True)
         sys.exit(exc.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("evosearch: stopped; what was measured is recorded", err=True)
+        sys.exit(INTERRUPTED)

@@ -237,7 +237,7 @@ def _image_folder(options: SourceOptions) -> DataSource:
 DATASETS: dict[str, tuple[str, Callable[[SourceOptions], DataSource]]] = {
     "cifar10-sample": (
         "5,000 CIFAR-10 images that ship with evosearch",
-        lambda options: _Sample("cifar10"),
+        lambda _options: _Sample("cifar10"),
     ),
     "cifar10": ("CIFAR-10 (torchvision)", lambda options: _torchvision("CIFAR10", options)),
     "cifar100": ("CIFAR-100 (torchvision)", lambda options: _torchvision("CIFAR100", options)),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["LeNet300100", "LeNet5"]
+__all__ = ["LeNet5", "LeNet300100"]
 
 
 class LeNet300100(nn.Module):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -81,25 +82,25 @@ def _torchvision_factory(name: str) -> Callable[..., nn.Module] | None:
     return models.get_model_builder(name) if name in known else None
 
 
+def _import_file(path: Path) -> ModuleType:
+    # Registered under a name, as classes defined in the file expect to find their module.
+    module_name = f"evosearch_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def _own_factory(name: str) -> Callable[..., nn.Module]:
     place, _, attribute = name.rpartition(":")
+    path = Path(place).resolve()
+    if place.endswith(".py") and not path.is_file():
+        raise NetworkError(f"network {name!r}: file {path} does not exist")
     try:
-        if place.endswith(".py"):
-            path = Path(place).resolve()
-            if not path.is_file():
-                raise NetworkError(f"network {name!r}: file {path} does not exist")
-            # Found again by name, so that classes defined in the file can be pickled by workers.
-            module_name = f"evosearch_user_{path.stem}"
-            spec = importlib.util.spec_from_file_location(module_name, path)
-            if spec is None or spec.loader is None:
-                raise NetworkError(f"network {name!r}: {path} cannot be imported")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[module_name] = module
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-    except NetworkError:
-        raise
+        module = _import_file(path) if place.endswith(".py") else importlib.import_module(place)
     except Exception as exc:  # a user's file may raise anything while it is imported
         raise NetworkError(f"network {name!r}: importing {place} failed with {exc!r}") from exc
     factory = getattr(module, attribute, None)
@@ -152,9 +153,7 @@ def build_module(spec: NetworkSpec) -> tuple[nn.Module, InputSpec]:
 
 def _metadata_input(metadata: Mapping[str, str], default: InputSpec) -> InputSpec:
     known = {
-        key: tuple(json.loads(metadata[key]))
-        for key in ("shape", "mean", "std")
-        if key in metadata
+        key: tuple(json.loads(metadata[key])) for key in ("shape", "mean", "std") if key in metadata
     }
     return replace(default, **known)
 
@@ -175,8 +174,11 @@ def load_network(spec: NetworkSpec) -> Network:
         state, metadata = read_weights(path)
         load_into(module, state, str(path))
         input_spec = _metadata_input(metadata, input_spec)
-    overrides = {"shape": spec.input_shape, "mean": spec.mean, "std": spec.std}
-    input_spec = replace(input_spec, **{k: v for k, v in overrides.items() if v is not None})
+    input_spec = InputSpec(
+        shape=spec.input_shape or input_spec.shape,
+        mean=spec.mean or input_spec.mean,
+        std=spec.std or input_spec.std,
+    )
     channels = input_spec.shape[0]
     for key, values in (("mean", input_spec.mean), ("std", input_spec.std)):
         if len(values) != channels:

@@ -7,7 +7,6 @@ at held-out or test images.
 
 import csv
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -100,8 +99,8 @@ def augment(
         columns = left[:, None, None] + np.arange(width)[None, None, :]
         pixels = padded[np.arange(n)[:, None, None], rows, columns]
     if flip:
-        mirrored = rng.random(n) < 0.5
-        pixels = np.where(mirrored[:, None, None, None], pixels[:, :, ::-1], pixels)
+        mirrored = rng.random((n, 1, 1, 1)) < 0.5
+        pixels = np.where(mirrored, pixels[:, :, ::-1], pixels)
     return pixels
 
 
@@ -174,7 +173,7 @@ class _Checkpoint:
             torch.save(state, scratch)
         except (OSError, RuntimeError) as exc:
             raise BackendError(f"cannot write {scratch}: {exc}") from exc
-        os.replace(scratch, self.path)
+        scratch.replace(self.path)
 
 
 def _train_epoch(
@@ -194,13 +193,11 @@ def _train_epoch(
         inputs = network.normalise(pixels).to(device)
         target = torch.from_numpy(labels).to(device)
         optimiser.zero_grad()
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
-        ):
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
             logits: Tensor = network.module(inputs)
         logits = logits.float()
         loss = F.cross_entropy(logits, target, label_smoothing=settings.label_smoothing)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         loss_sum += float(loss.detach()) * len(labels)
         hits += int((logits.detach().argmax(1) == target).sum())
@@ -217,7 +214,7 @@ def train(
     settings: TrainSettings,
     *,
     checkpoint: Path | None = None,
-    report: Callable[[EpochLog], None] = lambda line: None,
+    report: Callable[[EpochLog], object] = id,
 ) -> list[EpochLog]:
     """Trains a network in place; continues from `checkpoint` if that file exists.
 
@@ -237,7 +234,7 @@ def train(
         BackendError: The checkpoint cannot be written.
     """
     torch.set_num_threads(settings.threads)
-    module = network.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module = network.module.to(memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(
         module.parameters(),
         lr=settings.lr,

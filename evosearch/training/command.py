@@ -42,7 +42,7 @@ def train_baseline(
     out: Path,
     *,
     test: bool = True,
-    report: Callable[[EpochLog], None] = lambda line: None,
+    report: Callable[[EpochLog], object] = id,
 ) -> Trained:
     """Trains on a source's training part and writes `out`, `.log.csv` and `.json` beside it.
 

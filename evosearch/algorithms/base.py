@@ -1,0 +1,97 @@
+"""The role of an algorithm: it asks for genomes and is told what they were worth."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evosearch.checks import check_finite, check_shape
+from evosearch.pareto import crowding_distance, ranks
+
+__all__ = ["Algorithm", "AskTellGuard", "Population"]
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    """What an algorithm carries from one generation to the next.
+
+    Args:
+        genomes: `(n, n_genes)` in [0, 1].
+        objectives: `(n, n_objectives)`, lower is better.
+        violations: `(n, n_constraints)`, <= 0 is feasible.
+    """
+
+    genomes: FloatArray
+    objectives: FloatArray
+    violations: FloatArray
+
+    def ranks_and_crowding(self) -> tuple[NDArray[np.int64], FloatArray]:
+        """Non-domination rank, and crowding distance within the rank, of each member."""
+        rank = ranks(self.objectives, self.violations)
+        crowding = np.empty(len(rank))
+        for level in np.unique(rank):
+            rows = np.flatnonzero(rank == level)
+            crowding[rows] = crowding_distance(self.objectives[rows])
+        return rank, crowding
+
+
+class Algorithm(Protocol):
+    """Asks and is told, in turns.
+
+    An implementation must guarantee:
+
+    **Determinism.** Made alike and told the same, it asks the same, bit for bit. Resuming a
+    search is replaying it, so this is what a resumed search rests on.
+    **Order.** `tell` takes results in the order in which `ask` gave the genomes.
+    **Finiteness.** It need not cope with NaN or infinity: nobody tells it any.
+    """
+
+    def ask(self) -> FloatArray | None:
+        """The next `(n, n_genes)` genomes in [0, 1]; None when there is nothing left to ask.
+
+        Raises:
+            RuntimeError: The last ask was not answered yet.
+        """
+
+    def tell(self, objectives: FloatArray, violations: FloatArray) -> None:
+        """Results of all genomes of the last ask.
+
+        Raises:
+            RuntimeError: Nothing was asked.
+        """
+
+    @property
+    def population(self) -> Population:
+        """The current members, after at least one tell."""
+
+
+class AskTellGuard:
+    """Keeps asks and tells in turn, and checks what is told."""
+
+    def __init__(self) -> None:
+        self.asked: FloatArray | None = None
+
+    def ask(self, genomes: FloatArray) -> FloatArray:
+        """Notes what is asked for."""
+        self.asked = genomes
+        return genomes
+
+    def before_ask(self) -> None:
+        """Refuses an ask while another is open."""
+        if self.asked is not None:
+            raise RuntimeError("ask() called twice without tell()")
+
+    def tell(self, objectives: FloatArray, violations: FloatArray) -> FloatArray:
+        """Checks the answer and returns the genomes it belongs to."""
+        if self.asked is None:
+            raise RuntimeError("tell() called without ask()")
+        asked = self.asked
+        check_shape(objectives, "objectives", (len(asked), "n_objectives"))
+        check_shape(violations, "violations", (len(asked), "n_constraints"))
+        check_finite(objectives, "objectives")
+        check_finite(violations, "violations")
+        self.asked = None
+        return asked

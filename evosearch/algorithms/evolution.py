@@ -1,0 +1,163 @@
+"""Differential evolution and NSGA-II. The only module that imports pymoo.
+
+Textbook settings are the defaults, which are not always pymoo's:
+
+- `de`: DE/rand/1/bin, F = 0.5, CR = 0.9, no mutation besides [Storn1997]. pymoo's default is
+  DE/best/1/bin with CR = 0.2 and polynomial mutation.
+- `nsga2`: simulated binary crossover (eta 15, probability 0.9), polynomial mutation (eta 20,
+  probability 1/n), binary tournament [Deb2002].
+- `gde3`: DE/rand/1/bin, F = 0.5, CR = 0.9; parent against trial, then rank and crowding
+  [Kukkonen2005]. pymoo's default CR is 0.5.
+- `nsde`: NSGA-II with the offspring of DE/rand/1/bin, F = 0.5, CR = 0.9.
+
+References:
+    [Storn1997] R. Storn, K. Price, "Differential Evolution", J. Global Optimization 11, 1997.
+    [Deb2002] K. Deb et al., "NSGA-II", IEEE TEVC 6(2), 2002.
+    [Kukkonen2005] S. Kukkonen, J. Lampinen, "GDE3", IEEE CEC 2005.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evosearch.algorithms.base import AskTellGuard, Population
+
+__all__ = ["DifferentialOptions", "Evolution", "GeneticOptions", "de", "gde3", "nsde", "nsga2"]
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifferentialOptions:
+    """Options of `de`, `gde3` and `nsde`.
+
+    Args:
+        f: Scale factor of the difference vector, in (0, 2].
+        cr: Crossover rate, in [0, 1].
+    """
+
+    f: float = 0.5
+    cr: float = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneticOptions:
+    """Options of `nsga2`.
+
+    Args:
+        crossover_eta, mutation_eta: Distribution indices; larger = children nearer to parents.
+        crossover_probability: Share of pairs that are crossed.
+    """
+
+    crossover_eta: float = 15.0
+    crossover_probability: float = 0.9
+    mutation_eta: float = 20.0
+
+
+def de(initial: FloatArray, options: DifferentialOptions) -> Any:
+    """Differential evolution for one objective [Storn1997]."""
+    from pymoo.algorithms.soo.nonconvex.de import DE, Variant
+    from pymoo.operators.control import NoParameterControl
+
+    variant = Variant(
+        selection="rand",
+        n_diffs=1,
+        crossover="bin",
+        F=options.f,
+        CR=options.cr,
+        prob_mut=0.0,
+        control=NoParameterControl,
+    )
+    return DE(pop_size=len(initial), sampling=initial, variant=variant)
+
+
+def nsga2(initial: FloatArray, options: GeneticOptions) -> Any:
+    """NSGA-II [Deb2002]."""
+    from pymoo.algorithms.moo.nsga2 import NSGA2
+    from pymoo.operators.crossover.sbx import SBX
+    from pymoo.operators.mutation.pm import PM
+
+    return NSGA2(
+        pop_size=len(initial),
+        sampling=initial,
+        crossover=SBX(eta=options.crossover_eta, prob=options.crossover_probability),
+        mutation=PM(eta=options.mutation_eta),
+    )
+
+
+def gde3(initial: FloatArray, options: DifferentialOptions) -> Any:
+    """GDE3 [Kukkonen2005]."""
+    from pymoo.algorithms.moo.gde3 import GDE3
+
+    return GDE3(pop_size=len(initial), sampling=initial, CR=options.cr, F=options.f)
+
+
+def nsde(initial: FloatArray, options: DifferentialOptions) -> Any:
+    """NSGA-II with differential offspring."""
+    from pymoo.algorithms.moo.nsde import NSDE
+
+    return NSDE(pop_size=len(initial), sampling=initial, CR=options.cr, F=options.f)
+
+
+class Evolution:
+    """An algorithm of pymoo behind ask and tell.
+
+    Args:
+        make: Makes the pymoo algorithm for a first population.
+        initial: `(n, n_genes)` first population.
+        n_objectives, n_constraints: What it will be told.
+        seed: Of everything random.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[FloatArray], Any],
+        initial: FloatArray,
+        n_objectives: int,
+        n_constraints: int,
+        seed: int,
+    ) -> None:
+        from pymoo.core.problem import Problem
+        from pymoo.core.termination import NoTermination
+
+        n_genes = initial.shape[1]
+        problem = Problem(
+            n_var=n_genes, n_obj=n_objectives, n_ieq_constr=n_constraints, xl=0.0, xu=1.0
+        )
+        self._algorithm = make(initial)
+        self._algorithm.termination = NoTermination()
+        self._algorithm.setup(problem, seed=seed, termination=NoTermination())
+        self._guard = AskTellGuard()
+        self._asked: Any = None
+
+    def ask(self) -> FloatArray | None:
+        """The next genomes; None when the algorithm finds no new ones."""
+        self._guard.before_ask()
+        self._asked = self._algorithm.ask()
+        if self._asked is None or not len(self._asked):
+            return None
+        genomes = np.asarray(self._asked.get("X"), dtype=np.float64)
+        # Donors may leave the box by a rounding error.
+        return self._guard.ask(np.clip(genomes, 0.0, 1.0))
+
+    def tell(self, objectives: FloatArray, violations: FloatArray) -> None:
+        """Results of all genomes of the last ask, in its order."""
+        self._guard.tell(objectives, violations)
+        self._asked.set("F", objectives)
+        self._asked.set("G", violations)
+        for individual in self._asked:
+            individual.evaluated.update(("F", "G", "H"))
+        self._algorithm.tell(infills=self._asked)
+
+    @property
+    def population(self) -> Population:
+        """The survivors."""
+        members = self._algorithm.pop
+        return Population(
+            np.clip(np.asarray(members.get("X"), dtype=np.float64), 0.0, 1.0),
+            np.asarray(members.get("F"), dtype=np.float64),
+            np.asarray(members.get("G"), dtype=np.float64),
+        )

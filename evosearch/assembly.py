@@ -1,0 +1,202 @@
+"""Names in a recipe become objects here, and nowhere else."""
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evosearch.algorithms import Algorithm, AlgorithmSettings, make_algorithm
+from evosearch.data import Images, SourceOptions, balanced_subset, open_source
+from evosearch.errors import ConfigError, DataError
+from evosearch.networks import Network, NetworkSpec, load_network
+from evosearch.pruning.groups import trace
+from evosearch.recipe import DataRecipe, NetworkRecipe, Recipe
+from evosearch.scoring.objectives import Constraint, Goals, worst_metrics
+from evosearch.scoring.pool import PoolSettings
+from evosearch.scoring.proxies import ProxySettings
+from evosearch.scoring.workload import Workload, prepare_workload
+from evosearch.space import SearchSpace, make_space
+
+__all__ = ["Assembled", "algorithm_of", "assemble", "goals_of", "network_spec", "pool_settings"]
+
+
+def network_spec(recipe: NetworkRecipe) -> NetworkSpec:
+    """How the recipe's network is made."""
+    shape = recipe.input_shape
+    return NetworkSpec(
+        name=recipe.name,
+        num_classes=recipe.num_classes,
+        arguments=recipe.arguments,
+        weights=recipe.weights,
+        input_shape=None if shape is None else (shape[0], shape[1], shape[2]),
+        mean=None if recipe.mean is None else tuple(recipe.mean),
+        std=None if recipe.std is None else tuple(recipe.std),
+    )
+
+
+def goals_of(recipe: Recipe) -> Goals:
+    """Objectives and constraints."""
+    return Goals(
+        objectives=tuple(recipe.search.objectives),
+        constraints=tuple(Constraint.parse(text) for text in recipe.search.constraints),
+    )
+
+
+def pool_settings(recipe: Recipe) -> PoolSettings:
+    """Where scoring runs."""
+    run = recipe.run
+    return PoolSettings(
+        workers=run.workers,
+        timeout_s=run.timeout_s,
+        gpus_per_worker=run.gpus_per_worker,
+        ray_address=run.ray_address,
+    )
+
+
+def _images(recipe: DataRecipe, network: Network) -> tuple[Images, Images]:
+    channels, height, width = network.input.shape
+    source = open_source(
+        recipe.name,
+        SourceOptions(
+            root=Path(recipe.root),
+            download=recipe.download,
+            test_path=Path(recipe.test) if recipe.test else None,
+            held_out=recipe.held_out,
+            official_order=recipe.official_order,
+            image_size=(height, width),
+            seed=recipe.seed,
+        ),
+    )
+    drawn = []
+    for key, pool in (("calibration", source.training()), ("validation", source.held_out())):
+        size = getattr(recipe, key)
+        try:
+            chosen = balanced_subset(pool.labels, size, recipe.seed)
+        except DataError as exc:
+            raise DataError(f"data.{key} = {size}: {exc} in that part of {recipe.name}") from exc
+        images = pool.take(chosen)
+        if images.pixels.shape[1:] != (height, width, channels):
+            raise DataError(
+                f"{recipe.name} has images of shape {images.pixels.shape[1:]} (height, width, "
+                f"channels), {network.spec.name} takes {(height, width, channels)}; set "
+                "network.input_shape or choose other data"
+            )
+        drawn.append(images)
+    return drawn[0], drawn[1]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Assembled:
+    """The objects of a recipe.
+
+    Args:
+        recipe: What they were made from.
+        space: What genomes mean.
+        goals: What is minimised.
+        workload: What scorers need.
+    """
+
+    recipe: Recipe
+    space: SearchSpace
+    goals: Goals
+    workload: Workload
+
+    def facts(self) -> dict[str, Any]:
+        """What the ledger keeps about the run, as plain data."""
+        table = self.workload.plan.table
+        labels = self.workload.validation.labels
+        dense_error = float((self.workload.dense_logits.argmax(axis=1) != labels).mean())
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "groups": [[group.name, group.channels] for group in table.groups],
+            "dense_macs": table.dense_costs[0],
+            "dense_params": table.dense_costs[1],
+            "dense_error": dense_error,
+            "worst": worst_metrics(self.workload.dense_logits),
+            "images": {
+                "calibration": self.workload.calibration.digest(),
+                "validation": self.workload.validation.digest(),
+            },
+            "weights": _state_digest(self.workload.state),
+            "versions": {
+                name: importlib.metadata.version(name)
+                for name in ("evosearch", "torch", "numpy", "pymoo", "ray", "torch-pruning")
+            }
+            | {"python": platform.python_version()},
+        }
+
+
+def _state_digest(state: Mapping[str, NDArray[np.generic]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(state[name]).tobytes())
+    return digest.hexdigest()
+
+
+def assemble(recipe: Recipe) -> Assembled:
+    """Makes everything that a recipe names, and checks that it fits together.
+
+    Raises:
+        EvosearchError: Something does not; names the field, group or file.
+    """
+    goals = goals_of(recipe)
+    network = load_network(network_spec(recipe.network))
+    calibration, validation = _images(recipe.data, network)
+    plan = trace(network)
+    options = {key: value for key, value in recipe.space.items() if key != "name"}
+    space = make_space(recipe.space["name"], plan.table, options)
+    costs = [plan.table.costs_of([policy]) for policy in (space.cheapest(), space.dearest())]
+    lowest, highest = (
+        {
+            "macs": int(macs[0]) / plan.table.dense_costs[0],
+            "params": int(params[0]) / plan.table.dense_costs[1],
+        }
+        for macs, params in costs
+    )
+    goals.check_reachable(lowest, highest)
+    # Made here once to refuse a wrong algorithm before anything is measured.
+    algorithm_of(recipe, space, goals, None)
+    proxy = recipe.proxy
+    workload = prepare_workload(
+        network,
+        plan,
+        ProxySettings(
+            name=proxy.name,
+            criterion=proxy.criterion,
+            recalibrate=proxy.recalibrate,
+            ridge=proxy.ridge,
+            batch_size=proxy.batch_size,
+        ),
+        calibration,
+        validation,
+    )
+    return Assembled(recipe=recipe, space=space, goals=goals, workload=workload)
+
+
+def algorithm_of(
+    recipe: Recipe, space: SearchSpace, goals: Goals, seeds: NDArray[np.float64] | None
+) -> Algorithm:
+    """The recipe's algorithm; one constraint more than named, for failures."""
+    search = recipe.search
+    if search.algorithm == "uniform" and seeds is not None and len(seeds):
+        raise ConfigError("the uniform ladder takes no seeds; leave --seed-from out")
+    return make_algorithm(
+        AlgorithmSettings(
+            name=search.algorithm,
+            population=search.population,
+            seed=search.seed,
+            seed_share=search.seed_share,
+            options=search.options,
+        ),
+        space,
+        len(goals.objectives),
+        len(goals.constraints) + 1,
+        seeds,
+    )

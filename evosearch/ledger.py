@@ -1,0 +1,388 @@
+"""The run's SQLite file. The only module that imports sqlite3.
+
+One process writes (it holds a lock on `lock` beside the file), any number may read meanwhile:
+the write-ahead log lets them. Every measurement is one transaction, committed before anybody
+hears of it. What was asked, and the population of every generation, is there to look at.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from evosearch.errors import (
+    BackendError,
+    LedgerCorrupt,
+    LedgerError,
+    LedgerLocked,
+    LedgerVersionError,
+)
+from evosearch.measurement import Measurement, Status
+from evosearch.policy import Policy
+
+__all__ = ["SCHEMA_VERSION", "Ledger", "Member", "RunLock", "lock_holder"]
+
+SCHEMA_VERSION = 1
+_APPLICATION_ID = 0x45564F53  # "EVOS"
+_FILE, _LOCK = "ledger.sqlite", "lock"
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE policies (
+    digest TEXT PRIMARY KEY,
+    policy TEXT NOT NULL,
+    macs INTEGER NOT NULL,
+    params INTEGER NOT NULL
+) STRICT;
+CREATE TABLE measurements (
+    landed INTEGER PRIMARY KEY,
+    digest TEXT NOT NULL UNIQUE REFERENCES policies,
+    status TEXT NOT NULL,
+    metrics TEXT NOT NULL,
+    seconds REAL NOT NULL,
+    reason TEXT,
+    finished_at REAL NOT NULL
+) STRICT;
+CREATE TABLE asks (
+    track TEXT NOT NULL,
+    generation INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    digest TEXT NOT NULL REFERENCES policies,
+    PRIMARY KEY (track, generation, position)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE population (
+    generation INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    digest TEXT NOT NULL REFERENCES policies,
+    rank INTEGER NOT NULL,
+    crowding REAL NOT NULL,
+    PRIMARY KEY (generation, position)
+) STRICT, WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One policy of a generation's population, with its standing there."""
+
+    policy: Policy
+    rank: int
+    crowding: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A policy with its costs and, once it landed, its measurement."""
+
+    policy: Policy
+    macs: int
+    params: int
+    measurement: Measurement | None
+
+
+class RunLock:
+    """Exclusive right to write to a run; the system takes it back when the process ends."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / _LOCK
+        try:
+            self._stream = self._path.open("a+")
+        except OSError as exc:
+            raise BackendError(f"cannot write to {run}: {exc.strerror}") from exc
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            self._stream.close()
+            raise LedgerLocked(
+                f"{run} is in use by {lock_holder(run) or 'another process'}; "
+                "wait for it to end, or stop it"
+            ) from exc
+        self._stream.truncate(0)
+        self._stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._stream.flush()
+
+    def release(self) -> None:
+        """Gives the right back."""
+        self._stream.truncate(0)
+        self._stream.close()
+
+
+def lock_holder(run: Path) -> str | None:
+    """Who writes to a run right now, or None."""
+    try:
+        with (run / _LOCK).open() as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return stream.read().strip() or "another process"
+    except FileNotFoundError:
+        pass
+    return None
+
+
+@contextlib.contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """Lets no sqlite3 exception leave this module."""
+    try:
+        yield
+    except sqlite3.OperationalError as exc:
+        if "disk" in str(exc) and "malformed" not in str(exc):
+            raise BackendError(f"{path}: {exc}; free some space and resume") from exc
+        raise LedgerCorrupt(f"{path} cannot be used as a ledger: {exc}") from exc
+    except sqlite3.DatabaseError as exc:
+        raise LedgerCorrupt(
+            f"{path} is damaged or is not a ledger ({exc}); restore it from a copy, or launch anew "
+            "with another --out"
+        ) from exc
+
+
+class Ledger:
+    """The measurements of one run.
+
+    Guarantees:
+
+    **Durability.** When a recording method returns, what it recorded survives a kill.
+    **Immutability.** What was recorded never changes.
+    **Single writer.** Opening for writing needs the run's lock.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, lock: RunLock | None) -> None:
+        self.path = path
+        self._db = connection
+        self._lock = lock
+
+    @classmethod
+    def create(cls, run: Path, meta: Mapping[str, Any]) -> Self:
+        """Makes a ledger in a directory that has none, open for writing."""
+        lock = RunLock(run)
+        path = run / _FILE
+        scratch = run / f"{_FILE}.{os.getpid()}.tmp"
+        with _translated(path):
+            # Complete before it has its name: a kill in between leaves no half-made ledger.
+            with contextlib.closing(sqlite3.connect(scratch)) as db:
+                db.executescript(_SCHEMA)
+                db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                rows = [(key, json.dumps(value)) for key, value in meta.items()]
+                db.executemany("INSERT INTO meta VALUES (?, ?)", rows)
+                db.commit()
+            scratch.replace(path)
+            return cls(path, cls._connect(path, write=True), lock)
+
+    @classmethod
+    def open(cls, run: Path, *, write: bool = False) -> Self:
+        """Opens the ledger of a run; readers never block a writer.
+
+        Raises:
+            LedgerError: There is no run.
+            LedgerLocked: Another process writes to it (for writing only).
+            LedgerVersionError: Another schema wrote it.
+            LedgerCorrupt: It is damaged or no ledger.
+        """
+        path = run / _FILE
+        if not path.is_file():
+            raise LedgerError(f"{run} is not a run: it has no {_FILE}")
+        lock = RunLock(run) if write else None
+        try:
+            with _translated(path):
+                connection = cls._connect(path, write=write)
+                cls._check(path, connection)
+        except BaseException:
+            if lock:
+                lock.release()
+            raise
+        return cls(path, connection, lock)
+
+    @staticmethod
+    def _connect(path: Path, *, write: bool) -> sqlite3.Connection:
+        mode = "rw" if write else "ro"
+        connection = sqlite3.connect(
+            f"{path.resolve().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=30
+        )
+        if write:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        return connection
+
+    @staticmethod
+    def _check(path: Path, connection: sqlite3.Connection) -> None:
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if application != _APPLICATION_ID:
+            raise LedgerCorrupt(f"{path} is not a ledger of evosearch")
+        if version != SCHEMA_VERSION:
+            raise LedgerVersionError(
+                f"{path} has schema version {version}, this evosearch reads {SCHEMA_VERSION}; "
+                "use the evosearch that wrote it"
+            )
+        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise LedgerCorrupt(f"{path} is damaged ({verdict}); restore it from a copy")
+
+    def close(self) -> None:
+        """Closes the file and gives the lock back."""
+        self._db.close()
+        if self._lock:
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with _translated(self.path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with _translated(self.path):
+            return self._db.execute(query, values).fetchall()
+
+    def meta(self, key: str) -> Any:
+        """A fact about the run; KeyError if it was never set."""
+        rows = self._rows("SELECT value FROM meta WHERE key = ?", (key,))
+        if not rows:
+            raise KeyError(key)
+        return json.loads(rows[0][0])
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """Sets a fact about the run."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+
+    def record_ask(
+        self,
+        track: str,
+        generation: int,
+        policies: Sequence[Policy],
+        costs: Sequence[tuple[int, int]],
+    ) -> None:
+        """Records what was asked, with costs `(macs, params)`; nothing if it already is there."""
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT OR IGNORE INTO policies VALUES (?, ?, ?, ?)",
+                [
+                    (policy.digest, policy.to_json(), macs, params)
+                    for policy, (macs, params) in zip(policies, costs, strict=True)
+                ],
+            )
+            db.executemany(
+                "INSERT OR IGNORE INTO asks VALUES (?, ?, ?, ?)",
+                [(track, generation, i, policy.digest) for i, policy in enumerate(policies)],
+            )
+
+    def asked(self, track: str, generation: int) -> list[str]:
+        """Digests of what was asked in a generation, in order; empty if nothing was."""
+        rows = self._rows(
+            "SELECT digest FROM asks WHERE track = ? AND generation = ? ORDER BY position",
+            (track, generation),
+        )
+        return [digest for (digest,) in rows]
+
+    def record(self, measurement: Measurement, finished_at: float) -> None:
+        """Records a measurement of an asked policy; it must be the first of that policy."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO measurements VALUES (NULL, ?, ?, ?, ?, ?, ?)",
+                (
+                    measurement.policy.digest,
+                    measurement.status.value,
+                    json.dumps(dict(measurement.metrics), sort_keys=True),
+                    measurement.seconds,
+                    measurement.reason,
+                    finished_at,
+                ),
+            )
+
+    def record_population(self, generation: int, members: Sequence[Member]) -> None:
+        """Records the population after a generation; nothing if it already is there."""
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT OR IGNORE INTO population VALUES (?, ?, ?, ?, ?)",
+                [
+                    (generation, i, member.policy.digest, member.rank, member.crowding)
+                    for i, member in enumerate(members)
+                ],
+            )
+
+    def measurements(self) -> dict[str, Measurement]:
+        """All measurements by digest, in the order in which they landed."""
+        rows = self._rows(
+            "SELECT digest, policy, status, metrics, seconds, reason FROM measurements "
+            "JOIN policies USING (digest) ORDER BY landed"
+        )
+        return {
+            digest: Measurement(
+                policy=Policy.from_json(policy),
+                status=Status(status),
+                metrics=json.loads(metrics),
+                seconds=seconds,
+                reason=reason,
+            )
+            for digest, policy, status, metrics, seconds, reason in rows
+        }
+
+    def entries(self, track: str) -> list[Entry]:
+        """Distinct policies asked on a track, in the order of their first ask."""
+        known = self.measurements()
+        rows = self._rows(
+            "SELECT digest, policy, macs, params, MIN(generation * 1000000 + position) AS first "
+            "FROM asks JOIN policies USING (digest) WHERE track = ? GROUP BY digest ORDER BY first",
+            (track,),
+        )
+        return [
+            Entry(
+                policy=Policy.from_json(policy),
+                macs=macs,
+                params=params,
+                measurement=known.get(digest),
+            )
+            for digest, policy, macs, params, _ in rows
+        ]
+
+    def population(self, generation: int | None = None) -> list[Member]:
+        """The population after a generation (the last one if None), in the algorithm's order."""
+        if generation is None:
+            ((generation,),) = self._rows("SELECT COALESCE(MAX(generation), -1) FROM population")
+        rows = self._rows(
+            "SELECT policy, rank, crowding FROM population JOIN policies USING (digest) "
+            "WHERE generation = ? ORDER BY position",
+            (generation,),
+        )
+        return [
+            Member(policy=Policy.from_json(policy), rank=rank, crowding=crowding)
+            for policy, rank, crowding in rows
+        ]
+
+    def progress(self, track: str) -> dict[str, Any]:
+        """Counts for `status`: measurements by status, generations, seconds."""
+        by_status = self._rows(
+            "SELECT status, COUNT(*), SUM(seconds) FROM measurements WHERE digest IN "
+            "(SELECT digest FROM asks WHERE track = ?) GROUP BY status",
+            (track,),
+        )
+        ((generations,),) = self._rows("SELECT COUNT(DISTINCT generation) FROM population")
+        ((first, last),) = self._rows("SELECT MIN(finished_at), MAX(finished_at) FROM measurements")
+        return {
+            "evaluations": sum(count for _, count, _ in by_status),
+            "by_status": {status: count for status, count, _ in by_status},
+            "generations": generations,
+            "scoring_seconds": sum(seconds for _, _, seconds in by_status),
+            "first_at": first,
+            "last_at": last,
+        }

@@ -1,0 +1,148 @@
+"""Cutting a network along a plan that was prepared once: a few index selections per layer."""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from evosearch.pruning.table import GroupTable
+
+__all__ = ["Cutter", "CuttingPlan", "LayerCut", "kept_indices"]
+
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCut:
+    """Which axes the dimensions of a layer's weight run over; None where no group does."""
+
+    name: str
+    out_axis: int | None
+    in_axis: int | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CuttingPlan:
+    """How to narrow every layer of a network for any choice of kept channels.
+
+    Args:
+        table: Groups, axes and costs.
+        cuts: The layers that change.
+    """
+
+    table: GroupTable
+    cuts: tuple[LayerCut, ...]
+
+    def cut(self, source: nn.Module, target: nn.Module, keep: BoolArray) -> None:
+        """Narrows `target` to the kept channels of `source`, a network of the same layers.
+
+        Args:
+            source: The dense network; untouched.
+            target: A copy of it, cut before or not.
+            keep: `(n_channels + 1,)` boolean by flat channel number, the last entry True.
+        """
+        Cutter(self, source, target).cut(keep)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tensor:
+    """One tensor to narrow: where from, where to, along which axes."""
+
+    dense: Tensor
+    ours: Tensor
+    out_axis: int | None
+    in_axis: int | None
+
+
+class Cutter:
+    """Narrows one working copy of a network again and again.
+
+    Args:
+        plan: How.
+        source: The dense network; it must not change while the cutter is used.
+        target: The working copy; a fresh one is made if None.
+    """
+
+    def __init__(
+        self, plan: CuttingPlan, source: nn.Module, target: nn.Module | None = None
+    ) -> None:
+        self.plan = plan
+        self.network = copy.deepcopy(source) if target is None else target
+        dense = dict(source.named_modules())
+        self._layers = dict(self.network.named_modules())
+        self._tensors: list[_Tensor] = []
+        cuts = {entry.name: entry for entry in plan.cuts}
+        for name, layer in self._layers.items():
+            entry = cuts.get(name, LayerCut(name=name, out_axis=None, in_axis=None))
+            self._tensors += self._tensors_of(entry, dense[name], layer)
+        self._resized = [self._layers[entry.name] for entry in plan.cuts]
+
+    @staticmethod
+    def _tensors_of(entry: LayerCut, dense: nn.Module, layer: nn.Module) -> list[_Tensor]:
+        found = []
+        theirs = {**dict(dense.named_parameters("", False)), **dict(dense.named_buffers("", False))}
+        for name, tensor in theirs.items():
+            if tensor.ndim == 0:  # counters of batch norm
+                continue
+            reads_input = name == "weight" and tensor.ndim > 1
+            found.append(
+                _Tensor(
+                    tensor.detach(),
+                    getattr(layer, name),
+                    entry.out_axis,
+                    entry.in_axis if reads_input else None,
+                )
+            )
+        return found
+
+    def cut(self, keep: BoolArray) -> nn.Module:
+        """Narrows the working copy to the kept channels and returns it.
+
+        Every tensor is written anew, so that nothing of an earlier cut, compensation or
+        recalibration is left.
+
+        Args:
+            keep: `(n_channels + 1,)` boolean by flat channel number, the last entry True.
+        """
+        indices = kept_indices(self.plan.table, keep)
+        with torch.no_grad():
+            for entry in self._tensors:
+                tensor = entry.dense
+                out = None if entry.out_axis is None else indices[entry.out_axis]
+                into = None if entry.in_axis is None else indices[entry.in_axis]
+                if out is not None:
+                    tensor = tensor.index_select(0, out)
+                if into is not None:
+                    tensor = tensor.index_select(1, into)
+                entry.ours.data = tensor.clone() if tensor is entry.dense else tensor
+            for layer in self._resized:
+                _resize(layer)
+        return self.network
+
+
+def kept_indices(table: GroupTable, keep: BoolArray) -> list[Tensor | None]:
+    """Per axis the kept indices, int64; None where the axis stays whole."""
+    chosen: list[Tensor | None] = []
+    for axis in table.axes:
+        kept = axis.kept(keep)
+        chosen.append(None if len(kept) == axis.size else torch.from_numpy(kept))
+    return chosen
+
+
+def _resize(layer: nn.Module) -> None:
+    """Makes the attributes that state a layer's widths agree with its tensors."""
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        layer.out_channels = layer.weight.shape[0]
+        if layer.groups > 1:  # depthwise: other grouped convolutions are never cut
+            layer.groups = layer.in_channels = layer.out_channels
+        else:
+            layer.in_channels = layer.weight.shape[1]
+    elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+        held = layer.weight if layer.affine else layer.running_mean
+        if held is not None:
+            layer.num_features = len(held)

@@ -1,0 +1,94 @@
+"""What calibration images tell about a dense network: the Gram matrix of each consumer's input."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from evosearch.pruning.cutting import CuttingPlan
+from evosearch.pruning.table import Axis
+
+__all__ = ["Units", "gram_matrices", "units_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """How the input indices of a consumer fall into channels.
+
+    A convolution has one input index per channel; a linear layer behind a flatten has one per
+    channel and position. A unit is one channel with all its indices.
+
+    Args:
+        order: `(n_units, multiplicity)` input indices, one row per unit.
+        sources: `(n_units,)` flat channel number of each unit, -1 for a fixed one.
+    """
+
+    order: NDArray[np.int64]
+    sources: NDArray[np.int64]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight `(out, in, ...)` as `(out, n_units, rest)`, whatever the layer."""
+        flat = weight.flatten(2) if weight.ndim > 2 else weight.unsqueeze(2)
+        picked = flat[:, torch.from_numpy(self.order.ravel())]
+        return picked.reshape(len(weight), len(self.order), -1)
+
+
+def units_of(axis: Axis) -> Units:
+    """Groups the indices of an input axis by channel."""
+    multiplicity = axis.multiplicity
+    if multiplicity == 1:
+        return Units(np.arange(axis.size)[:, None], axis.sources)
+    order = np.argsort(axis.sources, kind="stable").reshape(-1, multiplicity)
+    return Units(order, axis.sources[order[:, 0]])
+
+
+class _GramHook:
+    """Adds up the Gram matrix of one layer's input, in float64."""
+
+    def __init__(self, units: Units) -> None:
+        self.units = units
+        self.total = torch.zeros(len(units.sources), len(units.sources), dtype=torch.float64)
+        self.positions = 0
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach()
+        if isinstance(module, nn.Linear):
+            x = x.reshape(-1, x.shape[-1])[:, torch.from_numpy(self.units.order.ravel())]
+            x = x.reshape(len(x), len(self.units.order), -1)
+        channels = x.flatten(2).transpose(0, 1).flatten(1)
+        self.total += (channels @ channels.T).double()
+        self.positions += channels.shape[1]
+
+
+def gram_matrices(
+    module: nn.Module, plan: CuttingPlan, batches: list[Tensor]
+) -> Mapping[str, NDArray[np.float64]]:
+    """Second moments of the inputs of all consumers, over images and positions, not centred.
+
+    Args:
+        module: The dense network, in evaluation mode.
+        plan: Says which layers have an input that a policy cuts.
+        batches: Normalised images, each `(n, channels, height, width)`.
+
+    Returns:
+        By layer name: `(n_units, n_units)` float64, the mean of x x^T over images and positions,
+        a unit being an input channel.
+    """
+    layers = dict(module.named_modules())
+    hooks, handles = {}, []
+    for entry in plan.cuts:
+        if entry.in_axis is None:
+            continue
+        hooks[entry.name] = _GramHook(units_of(plan.table.axes[entry.in_axis]))
+        handles.append(layers[entry.name].register_forward_pre_hook(hooks[entry.name]))
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                module(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (hook.total / max(hook.positions, 1)).numpy() for name, hook in hooks.items()}

@@ -1,0 +1,218 @@
+"""The groups of a network and what any policy costs, in closed form. Knows nothing of torch.
+
+Channels of all groups are numbered through: channel c of group g has the flat number
+`offset[g] + c`. An *axis* is the list of flat numbers that one dimension of a weight runs over,
+with -1 for a channel that belongs to no group. Layers that share a dimension share the axis.
+A cut keeps some flat numbers; everything else follows by indexing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evosearch.checks import check_shape
+from evosearch.errors import PolicyError
+from evosearch.policy import Policy
+
+__all__ = ["Axis", "FixedGroup", "Group", "GroupTable", "LayerCost"]
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Channels of several layers that are cut together.
+
+    Args:
+        name: The first layer that produces them.
+        channels: How many there are in the dense network.
+        resolution: Height and width of the first producer's output; groups of one resolution form
+            a stage.
+        producers: Layers whose outputs they are.
+        consumers: Layers that read them.
+    """
+
+    name: str
+    channels: int
+    resolution: tuple[int, int]
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedGroup:
+    """Channels that cannot be cut, and why."""
+
+    name: str
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """One dimension of a weight: for each index the flat channel number, or -1.
+
+    Args:
+        sources: `(size,)` int64.
+    """
+
+    sources: IntArray
+
+    @property
+    def size(self) -> int:
+        """Length in the dense network."""
+        return len(self.sources)
+
+    @cached_property
+    def multiplicity(self) -> int:
+        """How many indices each channel of a group takes; 1 unless flattened into a linear."""
+        used = self.sources[self.sources >= 0]
+        return int(np.unique(used, return_counts=True)[1].max()) if len(used) else 1
+
+    def kept(self, keep: NDArray[np.bool_]) -> IntArray:
+        """Indices that survive: `keep` is `(n_channels + 1,)`, its last entry True (for -1)."""
+        return np.flatnonzero(keep[self.sources])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """What a layer costs per input and output channel.
+
+    MACs are `macs * in_width * out_width`, parameters
+    `weights * in_width * out_width + per_output * out_width`. A layer without an input dimension
+    (depthwise convolution, batch norm) has `in_axis` None and an input width of 1.
+
+    Args:
+        name: Name of the layer.
+        in_axis, out_axis: Indices into the table's axes; None if the width is not counted.
+        macs: Multiply-accumulates per pair of channels: kernel size times output positions.
+        weights: Weights per pair of channels: kernel size.
+        per_output: Further parameters per output channel: bias, batch-norm scale and shift.
+    """
+
+    name: str
+    in_axis: int | None
+    out_axis: int
+    macs: int
+    weights: int
+    per_output: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupTable:
+    """Prunable groups, fixed groups, axes and costs of one network.
+
+    Args:
+        groups: What can be cut, in the order in which policies list it.
+        fixed: What cannot.
+        axes: All distinct dimensions.
+        layers: Costs of convolutions, linear layers and norms.
+        other_params: Parameters that no policy changes.
+    """
+
+    groups: tuple[Group, ...]
+    fixed: tuple[FixedGroup, ...]
+    axes: tuple[Axis, ...]
+    layers: tuple[LayerCost, ...]
+    other_params: int = 0
+
+    @cached_property
+    def channels(self) -> IntArray:
+        """`(n_groups,)` channels of each group in the dense network."""
+        return np.array([group.channels for group in self.groups], dtype=np.int64)
+
+    @cached_property
+    def offsets(self) -> IntArray:
+        """`(n_groups,)` flat number of each group's first channel."""
+        return np.concatenate([[0], np.cumsum(self.channels)[:-1]]).astype(np.int64)
+
+    @cached_property
+    def group_of(self) -> IntArray:
+        """`(n_channels,)` group of each flat channel."""
+        return np.repeat(np.arange(len(self.groups)), self.channels)
+
+    @cached_property
+    def _widths(self) -> tuple[IntArray, IntArray]:
+        """Widths of the axes are `keep @ slope + fixed`: `(n_groups, n_axes)` and `(n_axes,)`."""
+        slope = np.zeros((len(self.groups), len(self.axes)), dtype=np.int64)
+        fixed = np.zeros(len(self.axes), dtype=np.int64)
+        for column, axis in enumerate(self.axes):
+            used = axis.sources[axis.sources >= 0]
+            counts = np.bincount(self.group_of[used], minlength=len(self.groups))
+            slope[:, column] = counts // np.maximum(self.channels, 1)
+            fixed[column] = axis.size - len(used)
+        return slope, fixed
+
+    @cached_property
+    def _columns(self) -> tuple[IntArray, IntArray, NDArray[np.int64]]:
+        """Per layer: axis of the input (the extra last one is 1 wide), of the output, factors."""
+        one = len(self.axes)
+        ins = np.array([one if c.in_axis is None else c.in_axis for c in self.layers])
+        outs = np.array([c.out_axis for c in self.layers])
+        factors = np.array([(c.macs, c.weights, c.per_output) for c in self.layers], dtype=np.int64)
+        return ins, outs, factors.reshape(-1, 3)
+
+    @property
+    def dense(self) -> Policy:
+        """The policy that keeps everything."""
+        return Policy(tuple(int(c) for c in self.channels))
+
+    def check(self, policy: Policy) -> None:
+        """Checks that a policy fits this network.
+
+        Raises:
+            PolicyError: Another number of groups, or more channels than there are.
+        """
+        if len(policy.keep) != len(self.groups):
+            raise PolicyError(
+                f"a policy for this network has {len(self.groups)} counts, got {len(policy.keep)}"
+            )
+        for group, count in zip(self.groups, policy.keep, strict=True):
+            if count > group.channels:
+                raise PolicyError(f"group {group.name} has {group.channels} channels, not {count}")
+
+    def costs(self, keep: IntArray) -> tuple[IntArray, IntArray]:
+        """MACs and parameters of many policies at once.
+
+        A MAC is one multiply-accumulate of a convolution or a linear layer, for one image. Norms,
+        activations and additions are not counted. Parameters include biases and norms.
+
+        Args:
+            keep: `(n, n_groups)` kept channels.
+
+        Returns:
+            `(n,)` MACs and `(n,)` parameters, exact.
+        """
+        keep = np.asarray(keep, dtype=np.int64)
+        check_shape(keep, "keep", ("n", len(self.groups)))
+        slope, fixed = self._widths
+        widths = np.concatenate(
+            [keep @ slope + fixed, np.ones((len(keep), 1), dtype=np.int64)], axis=1
+        )
+        ins, outs, factors = self._columns
+        pairs = widths[:, ins] * widths[:, outs]
+        macs = pairs @ factors[:, 0]
+        params = pairs @ factors[:, 1] + widths[:, outs] @ factors[:, 2] + self.other_params
+        return macs, params
+
+    def costs_of(self, policies: Sequence[Policy]) -> tuple[IntArray, IntArray]:
+        """`costs` of a list of policies."""
+        keep = np.array([policy.keep for policy in policies], dtype=np.int64)
+        return self.costs(keep.reshape(len(policies), len(self.groups)))
+
+    @cached_property
+    def dense_costs(self) -> tuple[int, int]:
+        """MACs and parameters of the dense network."""
+        macs, params = self.costs_of([self.dense])
+        return int(macs[0]), int(params[0])
+
+    @cached_property
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of groups by resolution of their output, in order of first appearance."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for index, group in enumerate(self.groups):
+            found.setdefault(group.resolution, []).append(index)
+        return tuple(tuple(members) for members in found.values())

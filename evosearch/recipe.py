@@ -1,0 +1,329 @@
+"""A search as a file: TOML in, a checked and frozen Recipe out.
+
+Everything after this module trusts what it finds in a Recipe. The digest covers all that decides
+results; budget, workers and title may change between launch and resume.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from evosearch.errors import ConfigError
+
+__all__ = [
+    "DataRecipe",
+    "NetworkRecipe",
+    "ProxyRecipe",
+    "Recipe",
+    "RunRecipe",
+    "SearchRecipe",
+    "explain",
+    "load_recipe",
+    "recipe_path",
+    "shipped_recipes",
+]
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Table(BaseModel):
+    # Strict: a number given as text or a 1 given for true is a mistake, not a wish.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class NetworkRecipe(_Table):
+    """`[network]`: what is pruned."""
+
+    name: str
+    """Built-in name, torchvision model, `module:factory` or `path/to/file.py:factory`."""
+    weights: str | None = None
+    """Path to safetensors or a state dict, or `shipped:NAME`."""
+    num_classes: Count = 10
+    """Width of the classifier."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of a torchvision model or of your factory."""
+    input_shape: Annotated[list[Count], Field(min_length=3, max_length=3)] | None = None
+    """Channels, height, width; from the network's description if left out."""
+    mean: list[float] | None = None
+    """Per channel, subtracted from pixels / 255; from the weights file if left out."""
+    std: list[Positive] | None = None
+    """Per channel, what the difference is divided by; likewise."""
+
+
+class DataRecipe(_Table):
+    """`[data]`: on which images."""
+
+    name: str = "cifar10-sample"
+    """A data set, or a path to an `.npz` with images (n, h, w, c) uint8 and labels."""
+    root: str = "data"
+    """Folder of torchvision's files or of an image folder."""
+    download: bool = False
+    """Let torchvision fetch what is missing."""
+    test: str | None = None
+    """Test images of an `.npz` source; a search never opens them."""
+    held_out: Count | None = None
+    """Images never trained on; a tenth of the training part if left out."""
+    official_order: bool | None = None
+    """Whether the order is already random: then the last images are held out."""
+    calibration: Count = 1000
+    """Images for batch norm and Gram matrices, from the training part."""
+    validation: Count = 2000
+    """Images that metrics are measured on, from the held-out part."""
+    seed: int = 0
+    """Seed of both choices."""
+
+
+class SearchRecipe(_Table):
+    """`[search]`: what is minimised, how, and for how long."""
+
+    objectives: Annotated[list[str], Field(min_length=1)] = ["error", "macs"]
+    """Any of error, loss, divergence, macs, params."""
+    constraints: list[str] = []
+    """Such as "macs <= 0.5"; all must hold."""
+    algorithm: str = "nsga2"
+    """de, nsga2, gde3, nsde, random or uniform."""
+    population: Count = 32
+    """Genomes per generation."""
+    evaluations: Count = 1000
+    """Distinct policies to measure; duplicates and unaffordable ones are free."""
+    seed: int = 0
+    """Seed of the search."""
+    seed_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the first population that uniform ratios may fill."""
+    baseline: Annotated[int, Field(ge=0)] = 32
+    """Uniform ratios measured beside the search, for comparison; 0 for none."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the algorithm."""
+
+
+class ProxyRecipe(_Table):
+    """`[proxy]`: how a policy is scored."""
+
+    name: str = "compensated"
+    """raw, recalibrated or compensated."""
+    criterion: str = "residual-energy"
+    """Which channels go first: l1, l2, bn-scale, fpgm or residual-energy."""
+    recalibrate: bool = True
+    """Whether `compensated` re-estimates batch norm after folding."""
+    ridge: Annotated[float, Field(ge=0)] = 1e-4
+    """Load on the Gram matrix, as a share of its mean diagonal."""
+    batch_size: Count = 128
+    """Images per forward pass."""
+
+
+class RunRecipe(_Table):
+    """`[run]`: where and how patiently; decides nothing about results."""
+
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Scorers on Ray, one thread each; 0 scores in the process."""
+    timeout_s: Positive = 600.0
+    """Longest that one candidate may take (with workers)."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    """Share of a GPU for each scorer."""
+    ray_address: str | None = None
+    """Join this cluster instead of starting one."""
+
+
+class Recipe(_Table):
+    """A whole recipe."""
+
+    title: str = ""
+    """One line for people."""
+    network: NetworkRecipe
+    data: DataRecipe = DataRecipe()
+    space: dict[str, Any] = Field(default_factory=lambda: {"name": "layer-sparsity"})
+    """`name` of a search space, and its options."""
+    search: SearchRecipe = SearchRecipe()
+    proxy: ProxyRecipe = ProxyRecipe()
+    run: RunRecipe = RunRecipe()
+
+    @model_validator(mode="after")
+    def _space_has_a_name(self) -> Self:
+        if not isinstance(self.space.get("name"), str):
+            raise ValueError(  # noqa: TRY004  pydantic collects ValueErrors
+                "space.name must be the name of a search space"
+            )
+        return self
+
+    def results_key(self) -> dict[str, Any]:
+        """All that decides results, as plain data."""
+        data: dict[str, Any] = self.model_dump(mode="json", exclude={"title", "run"})
+        del data["search"]["evaluations"]
+        return data
+
+    def digest(self) -> str:
+        """SHA-256 of `results_key`."""
+        text = json.dumps(self.results_key(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_toml(self) -> str:
+        """The recipe with every default written out."""
+        import tomli_w
+
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return value
+
+
+def _known_keys(model: type[BaseModel], location: Iterable[int | str]) -> list[str]:
+    """Keys of the table in which an error happened."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        model = inner
+    return list(model.model_fields)
+
+
+def _sentence(error: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
+    location = error["loc"]
+    where = ".".join([*([prefix] if prefix else []), *(str(part) for part in location)])
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(model, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{where}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = error["input"]
+    shown = "" if isinstance(given, dict | list) else f", got {given!r}"
+    return f"{where}: {message}{shown}" if where else message
+
+
+def explain(exc: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """One line for people: the first two problems, each with its field and the way out."""
+    errors = exc.errors(include_url=False, include_context=False)
+    sentences = [_sentence(error, model, prefix) for error in errors[:2]]
+    if len(errors) > 2:
+        sentences.append(f"and {len(errors) - 2} more")
+    return "; ".join(sentences)
+
+
+def _shipped() -> Path:
+    return Path(str(resources.files("search_spaces") / "recipes"))
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with evosearch."""
+    return sorted(path.stem for path in _shipped().glob("*.toml"))
+
+
+def recipe_path(name_or_path: str) -> Path:
+    """The file of a recipe: a shipped name, or a path.
+
+    Raises:
+        ConfigError: There is neither.
+    """
+    if name_or_path in shipped_recipes():
+        return _shipped() / f"{name_or_path}.toml"
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise ConfigError(
+            f"no recipe {name_or_path!r}: neither a file nor one of {', '.join(shipped_recipes())}"
+        )
+    return path
+
+
+def _parse_setting(setting: str) -> tuple[list[str], Any]:
+    key, separator, text = setting.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {setting!r} must read key=value, such as search.population=48")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    return key.strip().split("."), value
+
+
+def _assign(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    for depth, key in enumerate(keys[:-1]):
+        inner = data.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {'.'.join(keys)}: {'.'.join(keys[: depth + 1])} is no table")
+        data = inner
+    data[keys[-1]] = value
+
+
+def _absolute_paths(data: dict[str, Any], folder: Path) -> None:
+    """Resolves relative paths against the recipe's folder, so that a run can move."""
+    network, images = data.get("network"), data.get("data")
+    if isinstance(network, dict):
+        for key in ("weights", "name"):
+            value = network.get(key)
+            if not isinstance(value, str) or value.startswith("shipped:"):
+                continue
+            if key == "weights" or value.partition(":")[0].endswith(".py"):
+                network[key] = _from(folder, value)
+    if isinstance(images, dict):
+        for key in ("root", "test", "name"):
+            value = images.get(key)
+            if isinstance(value, str) and (key != "name" or value.endswith(".npz")):
+                images[key] = _from(folder, value)
+
+
+def _from(folder: Path, value: str) -> str:
+    path = Path(value).expanduser()
+    if not path.is_absolute() and not (folder / path.as_posix().partition(":")[0]).exists():
+        # As typed on the command line: relative to where the command runs.
+        folder = Path.cwd()
+    return str(path if path.is_absolute() else folder / path)
+
+
+def load_recipe(
+    name_or_path: str,
+    settings: Iterable[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Reads, overrides and checks a recipe.
+
+    Args:
+        name_or_path: A shipped name or a TOML file. Relative paths in it are looked for beside
+            it, then in the working directory.
+        settings: `key=value` with dotted keys; values are TOML, bare words are strings.
+        overrides: Dotted keys to values; None is skipped.
+
+    Raises:
+        ConfigError: The file cannot be read, or something in it is wrong; names the field.
+    """
+    path = recipe_path(name_or_path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"recipe {path} cannot be read: {exc}") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"recipe {path} is not TOML: {exc}") from exc
+    for keys, value in map(_parse_setting, settings):
+        _assign(data, keys, value)
+    for dotted, value in (overrides or {}).items():
+        if value is not None:
+            _assign(data, dotted.split("."), value)
+    _absolute_paths(data, path.parent)
+    return check_recipe(data, f"recipe {name_or_path}")
+
+
+def check_recipe(data: Mapping[str, Any], origin: str) -> Recipe:
+    """Checks plain data.
+
+    Raises:
+        ConfigError: Something is wrong; names the origin and the field.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as exc:
+        raise ConfigError(f"{origin}: {explain(exc, Recipe)}") from exc

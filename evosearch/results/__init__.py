@@ -1,0 +1,1 @@
+"""What a run found: the front, tables, pictures, reports."""

@@ -1,0 +1,163 @@
+"""What a run found, read from its ledger: every measured policy, the front, hypervolumes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evosearch.ledger import Entry, Ledger
+from evosearch.measurement import Status
+from evosearch.pareto import front_mask, hypervolume, total_violation
+from evosearch.policy import Policy
+from evosearch.recipe import check_recipe
+from evosearch.scoring.objectives import Constraint, Goals, reference_point
+from evosearch.search import BASELINE, SEARCH
+
+__all__ = ["Results", "Row", "read_results"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measured policy.
+
+    Args:
+        policy: What was measured.
+        status: How scoring ended.
+        values: Metrics, and `macs` and `params` as shares of dense; only the shares if it failed.
+        macs, params: Absolute costs.
+        violation: Sum of relative excesses over the constraints; 0 is feasible.
+        on_front: Whether no other feasible policy of the search dominates it.
+        seconds: Time of scoring.
+        reason: Why it failed.
+    """
+
+    policy: Policy
+    status: Status
+    values: Mapping[str, float]
+    macs: int
+    params: int
+    violation: float
+    on_front: bool
+    seconds: float
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Everything that was measured in a run.
+
+    Args:
+        goals: Objectives and constraints.
+        groups: Name and channels of each group.
+        dense: Metrics and costs of the dense network.
+        rows: Policies of the search, in the order in which they were first asked for.
+        baseline: Policies of the uniform ladder, likewise.
+        reference: `(n_objectives,)` of the hypervolume.
+    """
+
+    goals: Goals
+    groups: tuple[tuple[str, int], ...]
+    dense: Mapping[str, float]
+    rows: tuple[Row, ...]
+    baseline: tuple[Row, ...]
+    reference: NDArray[np.float64]
+
+    @property
+    def front(self) -> list[Row]:
+        """Rows on the front by first objective; the least violating ones if none is feasible."""
+        chosen = [row for row in self.rows if row.on_front]
+        if not chosen:
+            measured = [row for row in self.rows if row.status is Status.OK]
+            least = min((row.violation for row in measured), default=0.0)
+            chosen = [row for row in measured if row.violation == least]
+        return sorted(
+            chosen,
+            key=lambda row: (*(row.values[n] for n in self.goals.objectives), row.policy.keep),
+        )
+
+    @property
+    def feasible(self) -> bool:
+        """Whether any measured policy satisfies all constraints."""
+        return any(row.on_front for row in self.rows)
+
+    def hypervolume(self) -> float:
+        """Of the search, as a share of the box between 0 and the reference."""
+        return self._hypervolume(self.rows)
+
+    def baseline_hypervolume(self) -> float | None:
+        """Of the uniform ladder; None if it was not measured."""
+        return self._hypervolume(self.baseline) if self.baseline else None
+
+    def _hypervolume(self, rows: Sequence[Row]) -> float:
+        points = [
+            self.goals.vector(row.values)
+            for row in rows
+            if row.status is Status.OK and row.violation <= 0
+        ]
+        return hypervolume(
+            np.array(points).reshape(len(points), len(self.reference)), self.reference
+        )
+
+
+def _rows(entries: Sequence[Entry], goals: Goals, dense: tuple[int, int]) -> tuple[Row, ...]:
+    found = []
+    for entry in entries:
+        measurement = entry.measurement
+        if measurement is None:
+            continue
+        values = {
+            **measurement.metrics,
+            "macs": entry.macs / dense[0],
+            "params": entry.params / dense[1],
+        }
+        found.append((entry, measurement, values))
+    ok = [measurement.ok for _, measurement, _ in found]
+    objectives = np.array(
+        [
+            goals.vector(values) if good else np.full(len(goals.objectives), np.nan)
+            for (_, _, values), good in zip(found, ok, strict=True)
+        ]
+    ).reshape(len(found), len(goals.objectives))
+    violations = np.array([goals.violations(values) for _, _, values in found])
+    violations = violations.reshape(len(found), len(goals.constraints))
+    front = front_mask(objectives, violations)
+    total = total_violation(violations)
+    return tuple(
+        Row(
+            policy=entry.policy,
+            status=measurement.status,
+            values=values,
+            macs=entry.macs,
+            params=entry.params,
+            violation=float(total[i]),
+            on_front=bool(front[i]),
+            seconds=measurement.seconds,
+            reason=measurement.reason,
+        )
+        for i, (entry, measurement, values) in enumerate(found)
+    )
+
+
+def read_results(ledger: Ledger) -> Results:
+    """Reads a run; also while it is being written."""
+    recipe = check_recipe(ledger.meta("recipe"), f"the recipe in {ledger.path}")
+    goals = Goals(
+        objectives=tuple(recipe.search.objectives),
+        constraints=tuple(Constraint.parse(text) for text in recipe.search.constraints),
+    )
+    dense_costs = (ledger.meta("dense_macs"), ledger.meta("dense_params"))
+    worst: dict[str, Any] = ledger.meta("worst")
+    return Results(
+        goals=goals,
+        groups=tuple((name, channels) for name, channels in ledger.meta("groups")),
+        dense={
+            "macs": dense_costs[0],
+            "params": dense_costs[1],
+            "error": ledger.meta("dense_error"),
+        },
+        rows=_rows(ledger.entries(SEARCH), goals, dense_costs),
+        baseline=_rows(ledger.entries(BASELINE), goals, dense_costs),
+        reference=reference_point(goals.objectives, worst),
+    )

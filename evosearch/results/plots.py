@@ -1,0 +1,68 @@
+"""Pictures of a run. The only module that imports matplotlib."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from evosearch.measurement import Status
+from evosearch.results.front import Results, Row
+from evosearch.scoring.objectives import COSTS
+
+__all__ = ["plot_front"]
+
+_LABELS = {
+    "error": "top-1 error on validation images",
+    "loss": "cross-entropy on validation images",
+    "divergence": "KL divergence from the dense network",
+    "macs": "MACs (share of dense)",
+    "params": "parameters (share of dense)",
+}
+
+
+def _axes(results: Results) -> tuple[str, str]:
+    """What to draw: a cost to the right, a metric upwards."""
+    names = results.goals.objectives
+    costs = [name for name in names if name in COSTS]
+    metrics = [name for name in names if name not in COSTS]
+    return (costs or ["macs"])[0], (metrics or ["error"])[0]
+
+
+def plot_front(results: Results, path: Path) -> None:
+    """Draws every measured policy, the front, the uniform ladder and the dense network.
+
+    Args:
+        results: What was measured.
+        path: A PNG; written in place.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    x, y = _axes(results)
+
+    def points(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+        ok = sorted((row for row in rows if row.status is Status.OK), key=lambda row: row.values[x])
+        return [row.values[x] for row in ok], [row.values[y] for row in ok]
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.scatter(*points(results.rows), s=9, color="0.75", label=f"measured ({len(results.rows)})")
+    if results.baseline:
+        axes.plot(
+            *points(results.baseline), "s--", ms=3.5, lw=1, color="C1", label="uniform ratios"
+        )
+    front = results.front
+    name = "front" if results.feasible else "nearest to feasible"
+    axes.plot(*points(front), "o-", ms=4, lw=1.2, color="C0", label=f"{name} ({len(front)})")
+    dense_y = {"error": results.dense["error"], "divergence": 0.0}.get(y)
+    if dense_y is not None:
+        axes.plot([1.0], [dense_y], "*", ms=11, color="C3", label="dense network")
+    for constraint in results.goals.constraints:
+        if constraint.name == x:
+            axes.axvline(constraint.bound, color="0.4", lw=0.8, ls=":")
+        elif constraint.name == y:
+            axes.axhline(constraint.bound, color="0.4", lw=0.8, ls=":")
+    axes.set_xlabel(_LABELS[x])
+    axes.set_ylabel(_LABELS[y])
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150, metadata={"Software": "evosearch"})

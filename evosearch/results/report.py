@@ -1,0 +1,64 @@
+"""Tables for the terminal. The only module, beside the command line, that imports rich."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from evosearch.measurement import Status
+from evosearch.results.front import Results, Row
+
+__all__ = ["front_table", "hypervolume_lines"]
+
+_MAX_ROWS = 24
+
+
+def _thinned(rows: Sequence[Row]) -> list[Row]:
+    """At most `_MAX_ROWS` rows, both ends among them, evenly spread."""
+    if len(rows) <= _MAX_ROWS:
+        return list(rows)
+    step = (len(rows) - 1) / (_MAX_ROWS - 1)
+    return [rows[round(i * step)] for i in range(_MAX_ROWS)]
+
+
+def front_table(results: Results) -> Table:
+    """The front: what each network costs and how it does."""
+    front = results.front
+    shown = _thinned(front)
+    title = f"Pareto front: {len(front)} of {len(results.rows)} measured policies"
+    if not results.feasible:
+        title = f"Nothing satisfies the constraints; nearest of {len(results.rows)} measured"
+    if len(shown) < len(front):
+        title += f" ({len(shown)} shown)"
+    table = Table(title=title)
+    table.add_column("policy")
+    for name in ("top-1", "divergence", "MACs", "params"):
+        table.add_column(name, justify="right")
+    dense = 1 - results.dense["error"]
+    table.add_row("dense", f"{dense:.2%}", "0", "100.0%", "100.0%", style="dim", end_section=True)
+    for row in shown:
+        table.add_row(
+            row.policy.digest,
+            f"{1 - row.values['error']:.2%}",
+            f"{row.values['divergence']:.4f}",
+            f"{row.values['macs']:.1%}",
+            f"{row.values['params']:.1%}",
+        )
+    return table
+
+
+def hypervolume_lines(results: Results) -> list[str]:
+    """Hypervolume of the search and of the uniform ladder, and failures."""
+    reference = ", ".join(
+        f"{name} {value:.4g}"
+        for name, value in zip(results.goals.objectives, results.reference, strict=True)
+    )
+    lines = [f"hypervolume        {results.hypervolume():.4f}  (reference: {reference})"]
+    baseline = results.baseline_hypervolume()
+    if baseline is not None:
+        lines.append(
+            f"uniform baseline   {baseline:.4f}  ({len(results.baseline)} ratios, same proxy)"
+        )
+    failed = [row for row in results.rows if row.status is not Status.OK]
+    if failed:
+        lines.append(f"failed             {len(failed)}, the first: {failed[0].reason}")
+    return lines

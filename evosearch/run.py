@@ -1,0 +1,313 @@
+"""A run: the directory of one search, from launch through interruptions to its front.
+
+RUN/ledger.sqlite is the truth: recipe, facts and measurements. RUN/recipe.toml is the recipe with
+all defaults written out, to read or to launch again; RUN/front.csv and RUN/front.png are made when
+the search ends.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+
+from evosearch.assembly import Assembled, algorithm_of, assemble, pool_settings
+from evosearch.errors import ConfigError, ConfigMismatch, RunExists
+from evosearch.ledger import Ledger
+from evosearch.measurement import Measurement
+from evosearch.recipe import Recipe, check_recipe, load_recipe
+from evosearch.results.export import export, write_atomically
+from evosearch.results.front import Results, read_results
+from evosearch.search import BASELINE, SEARCH, Outcome, Scoring, Search
+
+__all__ = ["Finished", "Observer", "launch", "new_run_directory", "resume"]
+
+
+class Observer(Protocol):
+    """Who watches a run."""
+
+    def phase(self, text: str) -> None:
+        """A new phase has begun."""
+
+    def landed(self, track: str, measurement: Measurement, count: int, budget: int) -> None:
+        """A measurement landed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """How a run stands.
+
+    Args:
+        directory: The run.
+        outcome: Of the search.
+        results: What was measured.
+        interrupted: Whether Ctrl-C ended it early.
+        files: What was written for people.
+    """
+
+    directory: Path
+    outcome: Outcome
+    results: Results
+    interrupted: bool
+    files: tuple[Path, ...]
+
+
+class _StopSignal:
+    """Ctrl-C once: finish what is in flight. Twice: stop now."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.requested = False
+        self._observer = observer
+
+    def __call__(self) -> bool:
+        return self.requested
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._observer.phase("stopping: finishing what is in flight; Ctrl-C again to stop now")
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handles SIGINT and SIGTERM meanwhile."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._handle) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+def new_run_directory(recipe: str) -> Path:
+    """`runs/NAME`, or the first of `runs/NAME-2`, ... that does not exist."""
+    base = Path("runs") / Path(recipe).stem
+    number, path = 1, base
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
+def _check_free(run: Path) -> None:
+    if (run / "ledger.sqlite").exists():
+        raise RunExists(f"{run} is a run already; `evosearch resume {run}`, or name another --out")
+    if run.exists() and (not run.is_dir() or any(p.name != "lock" for p in run.iterdir())):
+        raise RunExists(f"{run} exists and is not empty; name another --out")
+
+
+def _seeds(source: Path, assembled: Assembled) -> list[list[float]]:
+    """Genomes of the last population of another run, best first."""
+    with Ledger.open(source) as ledger:
+        members = ledger.population()
+        groups = [(name, channels) for name, channels in ledger.meta("groups")]
+    table = assembled.workload.plan.table
+    if groups != [(group.name, group.channels) for group in table.groups]:
+        raise ConfigError(f"--seed-from {source}: that run pruned another network")
+    if not members:
+        raise ConfigError(f"--seed-from {source}: that run has no population yet")
+    members.sort(key=lambda member: (member.rank, -member.crowding))
+    return [assembled.space.encode(member.policy).tolist() for member in members]
+
+
+def launch(
+    recipe: Recipe, directory: Path, observer: Observer, *, seed_from: Path | None = None
+) -> Finished:
+    """Starts a run in a directory of its own and searches until the budget is spent.
+
+    Raises:
+        RunExists: The directory is not free.
+        EvosearchError: The recipe cannot be carried out.
+    """
+    _check_free(directory)
+    observer.phase(f"preparing {recipe.network.name}")
+    assembled = assemble(recipe)
+    seeds = _seeds(seed_from, assembled) if seed_from else []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"--out: {directory} cannot be made: {exc.strerror}") from exc
+    facts = {
+        **assembled.facts(),
+        "seeds": seeds,
+        "evaluations": recipe.search.evaluations,
+        "state": "running",
+    }
+    with Ledger.create(directory, facts) as ledger:
+        text = recipe.to_toml()
+        write_atomically(directory / "recipe.toml", lambda scratch: scratch.write_text(text))
+        return _drive(assembled, ledger, directory, observer)
+
+
+def resume(
+    directory: Path,
+    observer: Observer,
+    *,
+    evaluations: int | None = None,
+    run_options: dict[str, Any] | None = None,
+) -> Finished:
+    """Continues a run where its ledger ends.
+
+    Args:
+        directory: The run.
+        observer: Who watches.
+        evaluations: A new budget; larger than before continues a finished search.
+        run_options: Replacements within the recipe's `[run]` table.
+
+    Raises:
+        LedgerError: There is no usable run.
+        ConfigMismatch: Recipe, images, weights or groups are not what they were.
+    """
+    with Ledger.open(directory, write=True) as ledger:
+        recipe = check_recipe(ledger.meta("recipe"), f"the recipe in {ledger.path}")
+        _check_unchanged(recipe, directory)
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=run_options or {})})
+        before = int(ledger.meta("evaluations"))
+        if evaluations is not None and evaluations < before:
+            raise ConfigError(
+                f"--evaluations {evaluations} is less than the {before} this run was to make; "
+                "leave it out or name more"
+            )
+        observer.phase(f"preparing {recipe.network.name}")
+        assembled = assemble(recipe)
+        _check_facts(assembled.facts(), ledger, directory)
+        ledger.set_meta("evaluations", evaluations or before)
+        ledger.set_meta("state", "running")
+        return _drive(assembled, ledger, directory, observer)
+
+
+def _check_unchanged(recipe: Recipe, directory: Path) -> None:
+    """A recipe edited inside a run is a misunderstanding worth a sentence."""
+    path = directory / "recipe.toml"
+    if not path.exists():
+        return
+    found = _flat(load_recipe(str(path)).results_key())
+    recorded = _flat(recipe.results_key())
+    for key in sorted(found.keys() | recorded.keys()):
+        if found.get(key) != recorded.get(key):
+            raise ConfigMismatch(
+                f"{path} says {key} = {found.get(key)!r}, but this run was made with "
+                f"{recorded.get(key)!r}; launch a new run for another recipe"
+            )
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _check_facts(facts: dict[str, Any], ledger: Ledger, directory: Path) -> None:
+    """Refuses to mix measurements of different networks or images."""
+    for key, what in (
+        ("weights", "the network's weights"),
+        ("images", "the images"),
+        ("groups", "the network's groups"),
+    ):
+        recorded = ledger.meta(key)
+        now = facts[key]
+        if key == "groups":
+            now = [list(group) for group in now]
+        if now != recorded:
+            raise ConfigMismatch(
+                f"{what} of {directory} changed since it was launched ({key}: "
+                f"{str(recorded)[:40]}... then, {str(now)[:40]}... now); launch a new run"
+            )
+
+
+def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Observer) -> Finished:
+    """The search, then the uniform ladder beside it, then the files for people."""
+    budget = int(ledger.meta("evaluations"))
+    stop = _StopSignal(observer)
+    with stop.installed(), _LazyPool(assembled, observer) as pool:
+        scoring = Scoring(
+            table=assembled.workload.plan.table,
+            goals=assembled.goals,
+            worst=ledger.meta("worst"),
+            score=pool.score,
+            stop=stop,
+        )
+        outcome = _search(assembled, ledger, scoring, observer, budget)
+        if outcome.finished and assembled.recipe.search.baseline:
+            _baseline(assembled, ledger, scoring, observer)
+    interrupted = stop.requested and not outcome.finished
+    ledger.set_meta("state", "interrupted" if interrupted else "finished")
+    ledger.set_meta("reason", outcome.reason)
+    results = read_results(ledger)
+    files = (directory / "front.csv", directory / "front.png")
+    if results.rows:
+        for path in files:
+            export(results, path)
+    return Finished(
+        directory=directory,
+        outcome=outcome,
+        results=results,
+        interrupted=interrupted,
+        files=files if results.rows else (),
+    )
+
+
+def _landing(observer: Observer, track: str, budget: int) -> Callable[[Measurement, int], None]:
+    def landed(measurement: Measurement, count: int) -> None:
+        observer.landed(track, measurement, count, budget)
+
+    return landed
+
+
+def _search(
+    assembled: Assembled, ledger: Ledger, scoring: Scoring, observer: Observer, budget: int
+) -> Outcome:
+    seeds = np.array(ledger.meta("seeds"), dtype=np.float64)
+    seeds = seeds.reshape(-1, assembled.space.n_genes)
+    algorithm = algorithm_of(assembled.recipe, assembled.space, assembled.goals, seeds)
+    search = Search(assembled.space, algorithm, scoring, ledger)
+    return search.run(budget, _landing(observer, SEARCH, budget))
+
+
+def _baseline(
+    assembled: Assembled, ledger: Ledger, scoring: Scoring, observer: Observer
+) -> Outcome:
+    settings = assembled.recipe.search
+    recipe = assembled.recipe.model_copy(
+        update={"search": settings.model_copy(update={"algorithm": "uniform", "options": {}})}
+    )
+    algorithm = algorithm_of(recipe, assembled.space, assembled.goals, None)
+    search = Search(assembled.space, algorithm, scoring, ledger, track=BASELINE)
+    return search.run(settings.baseline, _landing(observer, BASELINE, settings.baseline))
+
+
+class _LazyPool:
+    """Starts the pool when the first unknown policy turns up: replays need no scorers."""
+
+    def __init__(self, assembled: Assembled, observer: Observer) -> None:
+        self._assembled = assembled
+        self._observer = observer
+        self._pool: Any = None
+
+    def __enter__(self) -> "_LazyPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+    def score(self, *arguments: Any) -> None:
+        """See Pool."""
+        if self._pool is None:
+            from evosearch.scoring.pool import make_pool
+
+            settings = pool_settings(self._assembled.recipe)
+            if settings.workers:
+                self._observer.phase(f"starting {settings.workers} workers")
+            self._pool = make_pool(self._assembled.workload, settings)
+            self._observer.phase("searching")
+        self._pool.score(*arguments)

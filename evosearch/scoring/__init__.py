@@ -1,0 +1,5 @@
+"""Scoring a policy: cut for real, repair what can be repaired without training, measure.
+
+`workload` is what a scorer needs to know, `proxies` the recipes, `scorer` runs one policy, `pool`
+runs many, in this process or on Ray.
+"""

@@ -1,0 +1,269 @@
+"""Where policies are scored: in this process, or by actors on Ray. The only import of Ray.
+
+Both give bit-identical measurements on one machine; where scoring runs is a detail.
+"""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from evosearch.errors import BackendError
+from evosearch.measurement import Measurement, Status
+from evosearch.policy import Policy
+from evosearch.scoring.scorer import Scorer
+from evosearch.scoring.workload import Workload
+
+__all__ = ["InProcessPool", "Pool", "PoolSettings", "RayPool", "make_pool"]
+
+Record = Callable[[Measurement], None]
+Stop = Callable[[], bool]
+
+_START_TIMEOUT_S = 300.0
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSettings:
+    """Where and how patiently to score.
+
+    Args:
+        workers: Scorers on Ray; 0 scores in this process.
+        timeout_s: Longest that one candidate may take; without workers nothing can interrupt it.
+        gpus_per_worker: Share of a GPU for each scorer.
+        ray_address: An existing cluster to join; a local one is started if None.
+    """
+
+    workers: int
+    timeout_s: float = 600.0
+    gpus_per_worker: float = 0.0
+    ray_address: str | None = None
+
+
+class Pool(Protocol):
+    """Scores policies and reports each measurement the moment it lands."""
+
+    def score(self, policies: Sequence[Policy], record: Record, stop: Stop) -> None:
+        """Scores all policies, the given order being the order of dispatch.
+
+        Args:
+            policies: Distinct ones.
+            record: Called once per policy, in the order of landing.
+            stop: Asked before each dispatch; once true, what is in flight is finished and
+                recorded, and the rest is left.
+        """
+
+    def close(self) -> None:
+        """Frees the scorers."""
+
+
+class InProcessPool:
+    """Scores here, one after another: the reference for every other pool."""
+
+    def __init__(self, workload: Workload, device: str = "cpu") -> None:
+        self._scorer = Scorer(workload, device)
+
+    def score(self, policies: Sequence[Policy], record: Record, stop: Stop) -> None:
+        """See Pool."""
+        for policy in policies:
+            if stop():
+                return
+            record(self._scorer.score(policy))
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A policy on its way."""
+
+    policy: Policy
+    actor: Any
+    deadline: float
+    attempt: int
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Lets no exception of Ray leave this module."""
+    import ray.exceptions
+
+    try:
+        yield
+    except BackendError:
+        raise
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as exc:
+        first = str(exc).strip().splitlines() or [repr(exc)]
+        raise BackendError(f"Ray failed: {first[0]}; try --workers 0") from exc
+
+
+class RayPool:
+    """Long-lived Ray actors that hold network, images and statistics.
+
+    A policy goes out, a measurement comes back. A scorer that dies or hangs is replaced; its
+    candidate is tried once more when it died, and recorded as failed the second time.
+
+    Args:
+        workload: What to score with; put into the object store once.
+        settings: How many scorers, and where.
+
+    Raises:
+        BackendError: No cluster, or a scorer that cannot be started.
+    """
+
+    def __init__(self, workload: Workload, settings: PoolSettings) -> None:
+        import ray
+
+        self._settings = settings
+        self._ray = ray
+        self._owns_cluster = not ray.is_initialized()
+        with _translated():
+            if self._owns_cluster:
+                _start_cluster(ray, workload, settings)
+            self._workload = ray.put(workload)
+            self._remote = _remote_scorer(ray, settings)
+            self._actors = [self._new_actor() for _ in range(settings.workers)]
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def _new_actor(self) -> Any:
+        return self._remote.remote(self._workload)
+
+    def _wait_until_ready(self) -> None:
+        with _translated():
+            ready = [actor.ready.remote() for actor in self._actors]
+            try:
+                self._ray.get(ready, timeout=_START_TIMEOUT_S)
+            except self._ray.exceptions.GetTimeoutError as exc:
+                raise BackendError(
+                    f"the cluster gave no {len(self._actors)} scorers within "
+                    f"{_START_TIMEOUT_S:.0f} s; ask for fewer --workers"
+                ) from exc
+
+    def score(self, policies: Sequence[Policy], record: Record, stop: Stop) -> None:
+        """See Pool."""
+        waiting = [(policy, 1) for policy in policies]
+        idle = list(self._actors)
+        flying: dict[Any, _Flight] = {}
+        while flying or (waiting and not stop()):
+            while idle and waiting and not stop():
+                policy, attempt = waiting.pop(0)
+                actor = idle.pop()
+                flight = _Flight(
+                    policy, actor, time.monotonic() + self._settings.timeout_s, attempt
+                )
+                flying[actor.score.remote(policy)] = flight
+            landed, _ = self._ray.wait(list(flying), timeout=_POLL_S)
+            for reference in landed:
+                self._land(reference, flying.pop(reference), record, waiting, idle)
+            now = time.monotonic()
+            for reference in [r for r, flight in flying.items() if flight.deadline < now]:
+                flight = flying.pop(reference)
+                idle.append(self._replace(flight.actor))
+                seconds = self._settings.timeout_s
+                record(
+                    Measurement(
+                        policy=flight.policy,
+                        status=Status.TIMEOUT,
+                        seconds=seconds,
+                        reason=f"took longer than run.timeout_s = {seconds:g}",
+                    )
+                )
+
+    def _land(
+        self,
+        reference: Any,
+        flight: _Flight,
+        record: Record,
+        waiting: list[tuple[Policy, int]],
+        idle: list[Any],
+    ) -> None:
+        try:
+            measurement: Measurement = self._ray.get(reference)
+        except self._ray.exceptions.RayError as exc:
+            idle.append(self._replace(flight.actor))
+            if flight.attempt < 2:
+                waiting.insert(0, (flight.policy, flight.attempt + 1))
+                return
+            reason = str(exc).strip().splitlines()[0]
+            measurement = Measurement(
+                policy=flight.policy,
+                status=Status.WORKER_LOST,
+                reason=f"the scorer died twice: {reason}",
+            )
+        else:
+            idle.append(flight.actor)
+        record(measurement)
+
+    def _replace(self, actor: Any) -> Any:
+        """Kills a scorer and starts another in its place."""
+        with _translated():
+            self._ray.kill(actor)
+            fresh = self._new_actor()
+            self._actors[self._actors.index(actor)] = fresh
+            return fresh
+
+    def close(self) -> None:
+        """Stops the scorers, and the cluster if it was started here."""
+        with contextlib.suppress(Exception):
+            for actor in self._actors:
+                self._ray.kill(actor)
+        if self._owns_cluster:
+            self._ray.shutdown()
+
+
+def _start_cluster(ray: Any, workload: Workload, settings: PoolSettings) -> None:
+    # Quiet: workers' own chatter is of no use to somebody who searches.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if settings.ray_address is not None:
+        ray.init(address=settings.ray_address, **common)
+        return
+    arrays = workload.calibration.pixels.nbytes + workload.validation.pixels.nbytes
+    arrays += sum(array.nbytes for array in (*workload.grams.values(), *workload.state.values()))
+    ray.init(
+        # Asked for by name: a bare init would attach to whatever RAY_ADDRESS says.
+        address="local",
+        num_cpus=max(settings.workers, 1),
+        include_dashboard=False,
+        # The default is 30% of memory, more than /dev/shm holds in many containers.
+        object_store_memory=max(80 << 20, 2 * arrays + (64 << 20)),
+        **common,
+    )
+
+
+def _remote_scorer(ray: Any, settings: PoolSettings) -> Any:
+    device = "cuda" if settings.gpus_per_worker > 0 else "cpu"
+
+    class RemoteScorer:
+        """A Scorer in a process of its own."""
+
+        def __init__(self, workload: Workload) -> None:
+            import torch
+
+            torch.set_num_threads(1)
+            self._scorer = Scorer(workload, device)
+
+        def ready(self) -> None:
+            """Returns once the scorer has been made."""
+
+        def score(self, policy: Policy) -> Measurement:
+            """Measures a policy."""
+            return self._scorer.score(policy)
+
+    return ray.remote(num_cpus=1, num_gpus=settings.gpus_per_worker)(RemoteScorer)
+
+
+def make_pool(workload: Workload, settings: PoolSettings) -> Pool:
+    """Makes the pool that the settings ask for."""
+    if settings.workers == 0:
+        return InProcessPool(workload, "cuda" if settings.gpus_per_worker > 0 else "cpu")
+    return RayPool(workload, settings)

@@ -1,0 +1,113 @@
+"""Proxies: how a policy is scored without training it.
+
+A proxy is a function over the steps of a bench: cut, compensate, recalibrate. What it leaves on
+the bench is then measured. To add one, write the function and put it in PROXIES.
+
+References:
+    [Li2020] B. Li et al., "EagleEye: Fast Sub-net Evaluation for Efficient Neural Network
+        Pruning", ECCV 2020 (batch norm recalibrated before measuring).
+    [Xie2021] Z. Xie et al., "Pruning with Compensation", arXiv:2108.13728.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evosearch.errors import ConfigError
+
+__all__ = ["PROXIES", "Bench", "Proxy", "ProxySettings", "proxy_named"]
+
+Keep = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxySettings:
+    """The options of a proxy.
+
+    Args:
+        name: A name from PROXIES.
+        criterion: Which channels go first; a name from the criteria.
+        recalibrate: Whether `compensated` re-estimates batch norm after folding.
+        ridge: Load on the Gram matrix when folding, as a share of its mean diagonal.
+        batch_size: Images per forward pass; recalibration uses at least this many at once.
+    """
+
+    name: str
+    criterion: str
+    recalibrate: bool = True
+    ridge: float = 1e-4
+    batch_size: int = 128
+
+
+class Bench(Protocol):
+    """A working copy of the network and the steps that can be applied to it."""
+
+    settings: ProxySettings
+
+    def cut(self, keep: Keep) -> None:
+        """Narrows a fresh copy of the dense network."""
+
+    def compensate(self, keep: Keep) -> None:
+        """Folds removed channels into the consumers' weights."""
+
+    def recalibrate(self) -> None:
+        """Re-estimates batch-norm statistics on the calibration images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proxy:
+    """A named proxy.
+
+    Args:
+        title: One line for people.
+        prepare: Leaves the network to be measured on the bench.
+        needs_grams: Whether Gram matrices must have been collected.
+    """
+
+    title: str
+    prepare: Callable[[Bench, Keep], None]
+    needs_grams: bool = False
+
+
+def raw(bench: Bench, keep: Keep) -> None:
+    """Cut, nothing else. Near chance for anything but mild cuts; kept as a control."""
+    bench.cut(keep)
+
+
+def recalibrated(bench: Bench, keep: Keep) -> None:
+    """Cut, then recalibrate batch norm [Li2020]."""
+    bench.cut(keep)
+    bench.recalibrate()
+
+
+def compensated(bench: Bench, keep: Keep) -> None:
+    """Cut, fold the removed channels into the kept ones [Xie2021], recalibrate if asked to."""
+    bench.cut(keep)
+    bench.compensate(keep)
+    if bench.settings.recalibrate:
+        bench.recalibrate()
+
+
+PROXIES: dict[str, Proxy] = {
+    "raw": Proxy(title="cut (a control)", prepare=raw),
+    "recalibrated": Proxy(title="cut, recalibrate batch norm", prepare=recalibrated),
+    "compensated": Proxy(
+        title="cut, fold removed channels into kept ones, recalibrate unless told not to",
+        prepare=compensated,
+        needs_grams=True,
+    ),
+}
+
+
+def proxy_named(name: str) -> Proxy:
+    """Looks a proxy up.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in PROXIES:
+        raise ConfigError(f"no proxy {name!r}; there are {', '.join(PROXIES)}")
+    return PROXIES[name]

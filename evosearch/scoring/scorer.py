@@ -1,0 +1,153 @@
+"""Scores one policy after another on one working copy of the network."""
+
+import time
+import traceback
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from evosearch.errors import CandidateOutOfMemory
+from evosearch.measurement import Measurement, Status
+from evosearch.policy import Policy
+from evosearch.pruning.compensation import Compensator
+from evosearch.pruning.cutting import Cutter
+from evosearch.scoring.proxies import proxy_named
+from evosearch.scoring.workload import Workload, batches, logits, single_thread
+
+__all__ = ["Scorer"]
+
+
+class Scorer:
+    """Holds a network, its images and its statistics; measures policies.
+
+    Equal policies give equal measurements, bit for bit, in any order and in any process on one
+    machine: everything is recomputed from the workload, on one thread.
+
+    Args:
+        workload: What to score with.
+        device: Where to run, `cpu` or `cuda`.
+    """
+
+    def __init__(self, workload: Workload, device: str = "cpu") -> None:
+        self.settings = workload.settings
+        self._workload = workload
+        self._table = workload.plan.table
+        self._network = workload.network()
+        dense = self._network.module.to(device)
+        self._cutter = Cutter(workload.plan, dense)
+        self._compensator = None
+        if workload.grams:
+            self._compensator = Compensator(
+                workload.plan, dense, self._cutter.network, workload.grams, self.settings.ridge
+            )
+        self._norms = [
+            layer
+            for layer in self._cutter.network.modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats
+        ]
+        self._proxy = proxy_named(self.settings.name)
+        self._dense_logits = torch.from_numpy(np.array(workload.dense_logits))
+        self._labels = torch.from_numpy(np.array(workload.validation.labels))
+        self._batch_size = self.settings.batch_size
+
+    def keep(self, policy: Policy) -> NDArray[np.bool_]:
+        """Which channels a policy keeps: `(n_channels + 1,)` by flat number, the last one True."""
+        self._table.check(policy)
+        counts = np.array(policy.keep, dtype=np.int64)
+        keep = np.ones(len(self._workload.places) + 1, dtype=np.bool_)
+        keep[:-1] = self._workload.places < counts[self._table.group_of]
+        return keep
+
+    def cut(self, keep: NDArray[np.bool_]) -> None:
+        """Narrows the working copy, removing all traces of the previous policy."""
+        self._cutter.cut(keep)
+
+    def compensate(self, keep: NDArray[np.bool_]) -> None:
+        """Folds removed channels into the kept ones."""
+        assert self._compensator is not None  # noqa: S101  workloads of such proxies have grams
+        self._compensator.compensate(keep)
+
+    def recalibrate(self) -> None:
+        """Replaces batch-norm statistics by plain averages over the calibration images.
+
+        Only batch norm is in training mode meanwhile, so dropout stays off.
+        """
+        before = [norm.momentum for norm in self._norms]
+        for norm in self._norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        images = self._workload.calibration
+        logits(
+            self._cutter.network,
+            batches(self._network, images, self._batch_size, at_least=True),
+        )
+        for norm, momentum in zip(self._norms, before, strict=True):
+            norm.eval()
+            norm.momentum = momentum
+
+    def measure(self) -> dict[str, float]:
+        """Metrics of the working copy on the validation images."""
+        images = self._workload.validation
+        outputs = logits(
+            self._cutter.network, batches(self._network, images, self._batch_size)
+        ).double()
+        log_p = F.log_softmax(outputs, dim=1)
+        log_dense = F.log_softmax(self._dense_logits.double(), dim=1)
+        return {
+            "error": float((outputs.argmax(1) != self._labels).double().mean()),
+            "loss": float(F.nll_loss(log_p, self._labels)),
+            "divergence": float((log_dense.exp() * (log_dense - log_p)).sum(1).mean()),
+        }
+
+    def network_of(self, policy: Policy) -> nn.Module:
+        """The pruned network that the metrics of a policy belong to; valid until the next call."""
+        with single_thread():
+            self._proxy.prepare(self, self.keep(policy))
+        return self._cutter.network.eval()
+
+    def score(self, policy: Policy) -> Measurement:
+        """Measures a policy. Never raises: what went wrong is part of the measurement."""
+        start = time.perf_counter()
+        try:
+            try:
+                metrics = self._attempt(policy)
+            except CandidateOutOfMemory:
+                metrics = self._attempt_smaller(policy)
+            return Measurement(
+                policy=policy,
+                status=Status.OK,
+                metrics=metrics,
+                seconds=time.perf_counter() - start,
+            )
+        except CandidateOutOfMemory as exc:
+            status, reason = Status.OUT_OF_MEMORY, str(exc)
+        except Exception:  # noqa: BLE001  the border of a candidate, the only such place
+            status = Status.FAILED
+            reason = traceback.format_exc(limit=-1).strip().splitlines()[-1]
+        seconds = time.perf_counter() - start
+        return Measurement(policy=policy, status=status, reason=reason, seconds=seconds)
+
+    def _attempt(self, policy: Policy) -> dict[str, float]:
+        try:
+            with single_thread():
+                self._proxy.prepare(self, self.keep(policy))
+                metrics = self.measure()
+        except (MemoryError, torch.OutOfMemoryError) as exc:
+            raise CandidateOutOfMemory(f"out of memory with batches of {self._batch_size}") from exc
+        bad = [name for name, value in metrics.items() if not np.isfinite(value)]
+        if bad:
+            raise FloatingPointError(f"the pruned network's {', '.join(bad)} is not finite")
+        return metrics
+
+    def _attempt_smaller(self, policy: Policy) -> dict[str, float]:
+        before, self._batch_size = self._batch_size, max(1, self._batch_size // 2)
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return self._attempt(policy)
+        finally:
+            self._batch_size = before

@@ -1,0 +1,143 @@
+"""All that a scorer needs, as plain data: made once, sent to every worker.
+
+Everything heavy is a numpy array, which Ray's object store shares between workers without a copy.
+Channel order, Gram matrices and the dense network's outputs are computed here, once, so that all
+workers cut and compare alike, whatever machine they run on.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from evosearch.data import Images
+from evosearch.errors import NetworkError
+from evosearch.networks import InputSpec, Network, NetworkSpec, build_module
+from evosearch.pruning.criteria import CRITERIA, channel_order
+from evosearch.pruning.cutting import CuttingPlan
+from evosearch.pruning.statistics import gram_matrices
+from evosearch.scoring.proxies import ProxySettings, proxy_named
+
+__all__ = ["Workload", "batches", "prepare_workload", "single_thread"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Workload:
+    """A network, its images, and what was computed from them once.
+
+    Args:
+        spec: How to make the network; its weights are in `state`.
+        input: Shape and normalisation of its images.
+        state: The network's tensors by name.
+        plan: How it is cut.
+        settings: The proxy.
+        calibration: Images for statistics.
+        validation: Images that metrics are measured on.
+        places: `(n_channels,)` place of each flat channel in its group's order, 0 = kept longest.
+        grams: Second moments by consumer; empty if the proxy does without.
+        dense_logits: `(n_validation, n_classes)` float32 outputs of the dense network.
+    """
+
+    spec: NetworkSpec
+    input: InputSpec
+    state: Mapping[str, NDArray[np.generic]]
+    plan: CuttingPlan
+    settings: ProxySettings
+    calibration: Images
+    validation: Images
+    places: NDArray[np.int64]
+    grams: Mapping[str, NDArray[np.float64]]
+    dense_logits: NDArray[np.float32]
+
+    def network(self) -> Network:
+        """The dense network, made anew from its description and its tensors."""
+        module, _ = build_module(self.spec)
+        module.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in self.state.items()})
+        return Network(spec=self.spec, module=module.eval(), input=self.input)
+
+
+class single_thread:  # noqa: N801  a context manager is used like a function
+    """Runs torch on one thread meanwhile: sums then do not depend on the machine's cores."""
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._before)
+
+
+def batches(
+    network: Network, images: Images, size: int, *, at_least: bool = False
+) -> Iterator[Tensor]:
+    """Normalised images in parts of equal size.
+
+    Args:
+        network: Says how to normalise.
+        images: In their order.
+        size: Images per part.
+        at_least: Make fewer, larger parts rather than one that is smaller than `size`.
+
+    Yields:
+        `(n, channels, height, width)` float32 in channels-last order.
+    """
+    count = len(images) // size if at_least else -(-len(images) // size)
+    for part in np.array_split(images.pixels, max(1, count)):
+        yield network.normalise(part)
+
+
+@torch.inference_mode()
+def logits(module: nn.Module, inputs: Iterator[Tensor]) -> Tensor:
+    """`(n, n_classes)` float32 outputs of a network in evaluation mode, on the CPU."""
+    device = next(module.parameters()).device
+    return torch.cat([module(batch.to(device)).float().cpu() for batch in inputs])
+
+
+def prepare_workload(
+    network: Network,
+    plan: CuttingPlan,
+    settings: ProxySettings,
+    calibration: Images,
+    validation: Images,
+) -> Workload:
+    """Collects statistics and the dense network's outputs.
+
+    Raises:
+        ConfigError: The proxy or the criterion is unknown.
+        NetworkError: The criterion does not apply to the network, labels and classes disagree, or
+            the dense network gives infinite outputs.
+    """
+    proxy = proxy_named(settings.name)
+    size = settings.batch_size
+    with single_thread():
+        dense = logits(network.module, batches(network, validation, size)).numpy()
+        if not np.isfinite(dense).all():
+            raise NetworkError("the dense network's outputs are not finite; check its weights")
+        if validation.labels.max() >= dense.shape[1]:
+            raise NetworkError(
+                f"the network has {dense.shape[1]} classes, but a validation image has the label "
+                f"{validation.labels.max()}; set network.num_classes"
+            )
+        wants_grams = proxy.needs_grams or (
+            settings.criterion in CRITERIA and CRITERIA[settings.criterion].needs_grams
+        )
+        grams: Mapping[str, NDArray[np.float64]] = {}
+        if wants_grams:
+            inputs = list(batches(network, calibration, size, at_least=True))
+            grams = gram_matrices(network.module, plan, inputs)
+        places = channel_order(network.module, plan, settings.criterion, grams or None)
+    return Workload(
+        spec=replace(network.spec, weights=None),
+        input=network.input,
+        state={k: v.detach().cpu().numpy() for k, v in network.module.state_dict().items()},
+        plan=plan,
+        settings=settings,
+        calibration=calibration,
+        validation=validation,
+        places=places,
+        grams=grams if proxy.needs_grams else {},
+        dense_logits=dense,
+    )

@@ -1,0 +1,109 @@
+"""The role of a search space: what a genome means. Spaces register as entry points.
+
+A space is anything with the members of `SearchSpace`, made by a factory that is registered under
+the entry-point group `evosearch.spaces` and called with a group table and the options of the
+recipe's `[space]` table. Nothing in evosearch knows a space by name.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evosearch.errors import ConfigError
+from evosearch.policy import Policy
+from evosearch.pruning.table import GroupTable
+
+__all__ = ["SearchSpace", "SpaceFactory", "known_spaces", "make_space"]
+
+FloatArray = NDArray[np.float64]
+
+
+class SearchSpace(Protocol):
+    """Knows what the genes mean.
+
+    An implementation must guarantee:
+
+    **Totality.** `decode` gives a valid policy for every vector in [0, 1]^n_genes.
+    **Determinism.** Equal genomes give equal policies, in any process.
+    **Inverse.** `decode(encode(policy))` is the policy, for every policy that `decode` can give
+    and that one genome can express exactly; otherwise a near one.
+    """
+
+    @property
+    def n_genes(self) -> int:
+        """Length of a genome."""
+
+    @property
+    def gene_names(self) -> tuple[str, ...]:
+        """One name per gene, for people."""
+
+    def decode(self, genomes: FloatArray) -> list[Policy]:
+        """Policies of `(n, n_genes)` genomes in [0, 1]."""
+
+    def encode(self, policy: Policy) -> FloatArray:
+        """A genome `(n_genes,)` that decodes to the nearest policy of this space."""
+
+    def ladder(self, n: int) -> FloatArray:
+        """Up to `n` genomes `(m, n_genes)` of uniform ratios, distinct as policies.
+
+        The ladder of a smaller n is a prefix of that of a larger n; it spans the space early.
+        """
+
+    def cheapest(self) -> Policy:
+        """The policy with the fewest channels in every group."""
+
+    def dearest(self) -> Policy:
+        """The policy with the most channels in every group."""
+
+
+class SpaceFactory(Protocol):
+    """Makes a space for a network."""
+
+    def __call__(self, table: GroupTable, options: Mapping[str, Any]) -> SearchSpace:
+        """Raises ConfigError for options it does not understand."""
+
+
+@cache
+def known_spaces() -> dict[str, EntryPoint]:
+    """Entry points of all installed spaces by name.
+
+    Raises:
+        ConfigError: Two packages register the same name.
+    """
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group="evosearch.spaces"):
+        if point.name in found and found[point.name].value != point.value:
+            raise ConfigError(
+                f"two packages register a search space {point.name!r}: "
+                f"{found[point.name].value} and {point.value}; uninstall one"
+            )
+        found[point.name] = point
+    return dict(sorted(found.items()))
+
+
+def make_space(name: str, table: GroupTable, options: Mapping[str, Any]) -> SearchSpace:
+    """Makes a registered space.
+
+    Raises:
+        ConfigError: No such space, it cannot be imported, or it refuses the options.
+    """
+    points = known_spaces()
+    if name not in points:
+        raise ConfigError(f"space.name: no search space {name!r}; there are {', '.join(points)}")
+    try:
+        factory: SpaceFactory = points[name].load()
+    except (ImportError, AttributeError) as exc:
+        raise ConfigError(f"search space {name!r} cannot be loaded: {exc}") from exc
+    return factory(table, options)
+
+
+def unique_rows(policies: Sequence[Policy]) -> list[int]:
+    """Indices of the first occurrence of each policy, in order."""
+    first: dict[Policy, int] = {}
+    for index, policy in enumerate(policies):
+        first.setdefault(policy, index)
+    return sorted(first.values())

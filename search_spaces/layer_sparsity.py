@@ -1,0 +1,248 @@
+"""One gene per prunable group: the share of its channels that is removed."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from evosearch.checks import check_unit_interval
+from evosearch.errors import BudgetUnreachable, ConfigError
+from evosearch.policy import Policy
+from evosearch.pruning.table import GroupTable
+from evosearch.recipe import explain
+from evosearch.space import unique_rows
+
+__all__ = ["LayerSparsity", "LayerSparsityOptions"]
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ProjectOnto(BaseModel):
+    """A budget that every policy spends."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    macs: Share | None = None
+    """Share of the dense network's MACs."""
+    params: Share | None = None
+    """Share of the dense network's parameters."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.macs is None) == (self.params is None):
+            raise ValueError("name exactly one of macs and params")
+        return self
+
+
+class LayerSparsityOptions(BaseModel):
+    """The `[space]` table of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sparsity: tuple[Share, Share] = (0.0, 0.9)
+    """Smallest and largest share of a group's channels that may be removed."""
+    round_to: Annotated[int, Field(ge=1)] = 1
+    """Kept channels are multiples of this (or all channels of the group)."""
+    grouping: Literal["layer", "stage"] = "layer"
+    """A gene per group, or one for all groups of a stage (same resolution)."""
+    project_onto: ProjectOnto | None = None
+    """Scale every policy so that it spends this budget."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.sparsity
+        if low > high:
+            raise ValueError(f"sparsity: the lower bound {low} exceeds the upper bound {high}")
+        return self
+
+
+class LayerSparsity:
+    """The space `layer-sparsity`.
+
+    Gene x of a group with C channels means a sparsity s = low + x (high - low) of its channels
+    (not of its weights), so C (1 - s) are kept, rounded to the nearest admissible width:
+    multiples of `round_to` within the bounds, and C itself if the lower bound is 0; never none.
+
+    With `project_onto`, all widths are scaled by a common factor until the budget is met, and
+    what is left is spent step by step where rounding took most: no gene can then grow by one
+    rounding step without exceeding the budget.
+
+    Args:
+        table: Groups and costs.
+        options: See `LayerSparsityOptions`.
+
+    Raises:
+        ConfigError: An option is wrong.
+        BudgetUnreachable: No policy within the bounds spends the budget.
+    """
+
+    def __init__(self, table: GroupTable, options: Mapping[str, Any]) -> None:
+        try:
+            self.options = LayerSparsityOptions.model_validate(dict(options))
+        except ValidationError as exc:
+            raise ConfigError(explain(exc, LayerSparsityOptions, "space")) from exc
+        self._table = table
+        self._low, self._high = self.options.sparsity
+        self._members = (
+            tuple((index,) for index in range(len(table.groups)))
+            if self.options.grouping == "layer"
+            else table.stages
+        )
+        self._gene_of = np.empty(len(table.groups), dtype=np.int64)
+        for gene, members in enumerate(self._members):
+            self._gene_of[list(members)] = gene
+        self._levels = [self._admissible(int(c)) for c in table.channels]
+        self._check_budget()
+
+    def _admissible(self, channels: int) -> IntArray:
+        """Ascending widths that a group of this size may have."""
+        step = self.options.round_to
+        fewest, most = channels * (1 - self._high), channels * (1 - self._low)
+        multiples = np.arange(step, channels + 1, step)
+        inside = multiples[(multiples >= fewest - 1e-9) & (multiples <= most + 1e-9)]
+        if self._low == 0:
+            inside = np.union1d(inside, [channels])
+        if not len(inside):
+            # No multiple lies within the bounds: the nearest width that exists.
+            nearest = max(1, min(channels, round((fewest + most) / 2 / step) * step))
+            inside = np.array([nearest])
+        return inside.astype(np.int64)
+
+    @property
+    def n_genes(self) -> int:
+        """Number of groups, or of stages."""
+        return len(self._members)
+
+    @property
+    def gene_names(self) -> tuple[str, ...]:
+        """Names of the groups; for stages, of the first and last group."""
+        groups = self._table.groups
+        return tuple(
+            groups[m[0]].name if len(m) == 1 else f"{groups[m[0]].name}..{groups[m[-1]].name}"
+            for m in self._members
+        )
+
+    def decode(self, genomes: FloatArray) -> list[Policy]:
+        """Policies of `(n, n_genes)` genomes in [0, 1].
+
+        Raises:
+            SpaceError: The genomes have another shape or leave [0, 1].
+        """
+        genomes = check_unit_interval(genomes, self.n_genes)
+        sparsity = self._low + genomes[:, self._gene_of] * (self._high - self._low)
+        wanted = self._table.channels * (1 - sparsity)
+        keep = self._project(wanted) if self.options.project_onto else self._round(wanted)
+        return [Policy(tuple(int(count) for count in row)) for row in keep]
+
+    def encode(self, policy: Policy) -> FloatArray:
+        """A genome that decodes to the policy, or near it if genes are shared or budgets spent."""
+        self._table.check(policy)
+        sparsity = 1 - np.array(policy.keep) / self._table.channels
+        span = self._high - self._low
+        genes = (
+            np.clip((sparsity - self._low) / span, 0, 1) if span > 0 else np.zeros(len(sparsity))
+        )
+        return np.array([genes[list(members)].mean() for members in self._members])
+
+    def ladder(self, n: int) -> FloatArray:
+        """Genomes of uniform ratios in van der Corput order: ends first, then ever finer halves."""
+        # Rounding leaves few distinct uniform policies; twice as many tries as channels find all.
+        tries = 2 * int(self._table.channels.max()) + 2
+        values = np.array([0.0, 1.0, *(_van_der_corput(k) for k in range(1, tries))])
+        genomes = np.repeat(values[:, None], self.n_genes, axis=1)
+        return genomes[unique_rows(self.decode(genomes))][:n]
+
+    def cheapest(self) -> Policy:
+        """The fewest channels that the bounds allow."""
+        return Policy(tuple(int(levels[0]) for levels in self._levels))
+
+    def dearest(self) -> Policy:
+        """The most channels that the bounds allow."""
+        return Policy(tuple(int(levels[-1]) for levels in self._levels))
+
+    def _round(self, wanted: FloatArray) -> IntArray:
+        """Nearest admissible widths of `(n, n_groups)` wished-for ones; ties keep more."""
+        keep = np.empty(wanted.shape, dtype=np.int64)
+        for group, levels in enumerate(self._levels):
+            middles = (levels[1:] + levels[:-1]) / 2
+            keep[:, group] = levels[np.searchsorted(middles, wanted[:, group], side="right")]
+        return keep
+
+    @cached_property
+    def _budget(self) -> tuple[int, float]:
+        """Which cost is projected (0 MACs, 1 parameters) and its limit."""
+        target = self.options.project_onto
+        assert target is not None  # noqa: S101  callers checked
+        which = 0 if target.macs is not None else 1
+        share = target.macs if target.macs is not None else target.params
+        assert share is not None  # noqa: S101  validated to be one of the two
+        return which, share * self._table.dense_costs[which]
+
+    def _check_budget(self) -> None:
+        if self.options.project_onto is None:
+            return
+        which, limit = self._budget
+        name = ("macs", "params")[which]
+        dense = self._table.dense_costs[which]
+        lowest, highest = (
+            int(self._table.costs_of([policy])[which][0])
+            for policy in (self.cheapest(), self.dearest())
+        )
+        if not lowest <= limit <= highest:
+            raise BudgetUnreachable(
+                f"space.project_onto.{name} = {limit / dense:.4g} is out of reach: within the "
+                f"sparsity bounds it can be {lowest / dense:.4f} to {highest / dense:.4f} of dense"
+            )
+
+    def _project(self, wanted: FloatArray) -> IntArray:
+        """Scales `(n, n_groups)` wished-for widths so that each row spends the budget."""
+        which, limit = self._budget
+        # Where a group asks for next to nothing, no factor would ever open it.
+        wanted = np.maximum(wanted, 1e-3 * self._table.channels)
+
+        def rounded(factor: FloatArray) -> IntArray:
+            return self._round(np.minimum(wanted * factor[:, None], self._table.channels))
+
+        # Factors are searched on a logarithmic scale, as wide as the floor above makes sense.
+        low, high = np.full(len(wanted), np.log(1e-3)), np.full(len(wanted), np.log(1e3))
+        for _ in range(40):
+            middle = (low + high) / 2
+            fits = self._table.costs(rounded(np.exp(middle)))[which] <= limit
+            low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+        keep = rounded(np.exp(low))
+        missing = np.minimum(wanted * np.exp(high)[:, None], self._table.channels) - keep
+        for row in range(len(keep)):
+            self._spend_rest(keep[row], missing[row])
+        return keep
+
+    def _spend_rest(self, keep: IntArray, missing: FloatArray) -> None:
+        """Widens genes in place, one level at a time, until the budget allows no more."""
+        which, limit = self._budget
+        most = np.array([missing[list(members)].sum() for members in self._members])
+        order = np.argsort(-most, kind="stable")
+        grown = True
+        while grown:
+            grown = False
+            for gene in order:
+                wider = keep.copy()
+                for group in self._members[gene]:
+                    levels = self._levels[group]
+                    place = int(np.searchsorted(levels, keep[group], side="right"))
+                    wider[group] = levels[min(place, len(levels) - 1)]
+                if (wider > keep).any() and self._table.costs(wider[None])[which][0] <= limit:
+                    keep[:] = wider
+                    grown = True
+
+
+def _van_der_corput(k: int) -> float:
+    """The k-th point of the base-2 low-discrepancy sequence: 1/2, 1/4, 3/4, 1/8, ..."""
+    value, scale = 0.0, 0.5
+    while k:
+        value += scale * (k & 1)
+        k, scale = k >> 1, scale / 2
+    return value
