@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evosearch.algorithms import Algorithm, AlgorithmSettings, make_algorithm
-from evosearch.data import Images, SourceOptions, balanced_subset, open_source
+from evosearch.data import (
+    DataSource,
+    ImagePool,
+    Images,
+    SourceOptions,
+    augment,
+    balanced_subset,
+    open_source,
+)
 from evosearch.errors import ConfigError, DataError
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.pruning.groups import trace
@@ -23,7 +31,15 @@ from evosearch.scoring.proxies import ProxySettings
 from evosearch.scoring.workload import Workload, prepare_workload
 from evosearch.space import SearchSpace, make_space
 
-__all__ = ["Assembled", "algorithm_of", "assemble", "goals_of", "network_spec", "pool_settings"]
+__all__ = [
+    "Assembled",
+    "algorithm_of",
+    "as_trained",
+    "assemble",
+    "goals_of",
+    "network_spec",
+    "pool_settings",
+]
 
 
 def network_spec(recipe: NetworkRecipe) -> NetworkSpec:
@@ -37,6 +53,8 @@ def network_spec(recipe: NetworkRecipe) -> NetworkSpec:
         input_shape=None if shape is None else (shape[0], shape[1], shape[2]),
         mean=None if recipe.mean is None else tuple(recipe.mean),
         std=None if recipe.std is None else tuple(recipe.std),
+        crop_padding=recipe.crop_padding,
+        flip=recipe.flip,
     )
 
 
@@ -59,36 +77,56 @@ def pool_settings(recipe: Recipe) -> PoolSettings:
     )
 
 
-def _images(recipe: DataRecipe, network: Network) -> tuple[Images, Images]:
-    channels, height, width = network.input.shape
-    source = open_source(
-        recipe.name,
-        SourceOptions(
-            root=Path(recipe.root),
-            download=recipe.download,
-            test_path=Path(recipe.test) if recipe.test else None,
-            held_out=recipe.held_out,
-            official_order=recipe.official_order,
-            image_size=(height, width),
-            seed=recipe.seed,
-        ),
+def _source(recipe: DataRecipe, spec: NetworkSpec) -> DataSource:
+    options = SourceOptions(
+        root=Path(recipe.root),
+        download=recipe.download,
+        test_path=Path(recipe.test) if recipe.test else None,
+        held_out=recipe.held_out,
+        official_order=recipe.official_order,
+        seed=recipe.seed,
     )
-    drawn = []
-    for key, pool in (("calibration", source.training()), ("validation", source.held_out())):
-        size = getattr(recipe, key)
-        try:
-            chosen = balanced_subset(pool.labels, size, recipe.seed)
-        except DataError as exc:
-            raise DataError(f"data.{key} = {size}: {exc} in that part of {recipe.name}") from exc
-        images = pool.take(chosen)
-        if images.pixels.shape[1:] != (height, width, channels):
-            raise DataError(
-                f"{recipe.name} has images of shape {images.pixels.shape[1:]} (height, width, "
-                f"channels), {network.spec.name} takes {(height, width, channels)}; set "
-                "network.input_shape or choose other data"
-            )
-        drawn.append(images)
-    return drawn[0], drawn[1]
+    if recipe.name == "image-folder":
+        # Files have all sizes: they become what the network takes.
+        _, height, width = load_network(spec).input.shape
+        options = replace(options, image_size=(height, width))
+    return open_source(recipe.name, options)
+
+
+def _draw(recipe: DataRecipe, key: str, pool: ImagePool) -> Images:
+    size = getattr(recipe, key)
+    try:
+        return pool.take(balanced_subset(pool.labels, size, recipe.seed))
+    except DataError as exc:
+        raise DataError(f"data.{key} = {size}: {exc} in that part of {recipe.name}") from exc
+
+
+def _network_and_images(recipe: Recipe) -> tuple[Network, Images, Images]:
+    spec = network_spec(recipe.network)
+    source = _source(recipe.data, spec)
+    calibration = _draw(recipe.data, "calibration", source.training())
+    validation = _draw(recipe.data, "validation", source.held_out())
+    height, width, channels = calibration.pixels.shape[1:]
+    network = load_network(spec, (height, width, channels))
+    if network.input.shape != (channels, height, width):
+        raise DataError(
+            f"{recipe.data.name} has images of shape {(height, width, channels)} (height, width, "
+            f"channels), {spec.name} takes {network.input.shape} (channels, height, width); set "
+            "network.input_shape or choose other data"
+        )
+    return network, as_trained(calibration, network, recipe.data.seed), validation
+
+
+def as_trained(calibration: Images, network: Network, seed: int) -> Images:
+    """Calibration images as training showed them to the network.
+
+    Batch norm has averaged over cropped and mirrored images. Statistics of plain ones differ, and
+    more of them do not help: on the published ResNet-20, uncut, recalibration with 500 plain images
+    moves the outputs by a divergence of 0.164, with 500 cropped ones by 0.013.
+    """
+    rng = np.random.default_rng(seed)
+    pixels = augment(calibration.pixels, network.input.crop_padding, network.input.flip, rng)
+    return Images(pixels, calibration.labels)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,8 +185,7 @@ def assemble(recipe: Recipe) -> Assembled:
         EvosearchError: Something does not; names the field, group or file.
     """
     goals = goals_of(recipe)
-    network = load_network(network_spec(recipe.network))
-    calibration, validation = _images(recipe.data, network)
+    network, calibration, validation = _network_and_images(recipe)
     plan = trace(network)
     options = {key: value for key, value in recipe.space.items() if key != "name"}
     space = make_space(recipe.space["name"], plan.table, options)

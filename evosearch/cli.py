@@ -171,34 +171,33 @@ def export(
         Path, typer.Argument(metavar="FILE", help="Ends with .csv .json .parquet .png .safetensors")
     ],
     everything: Annotated[
-        bool, typer.Option("--all", help="Every measurement, not the front")
+        bool, typer.Option("--all", help="Every measurement, not the front alone")
     ] = False,
+    generation: Annotated[
+        int | None, typer.Option(min=0, help="The population after this generation")
+    ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="Which network to write as .safetensors (first digits do)")
+        str | None, typer.Option(help="First digits of the network to write as .safetensors")
     ] = None,
 ) -> None:
     """Write the front of a run as a table or picture, or one of its networks.
 
     Example: evosearch export runs/quickstart front.csv
-    Example: evosearch export runs/quickstart small.safetensors --policy 711c20c4
     """
-    from evosearch.ledger import Ledger
+    from evosearch.exporting import export_file
 
-    if file.suffix == ".safetensors":
-        from evosearch.results.models import export_network
-
-        typer.echo(export_network(run, file, policy))
-        return
-    if policy is not None:
-        raise ConfigError("--policy writes a network: FILE must end with .safetensors")
-    from evosearch.results.export import export as write
-    from evosearch.results.front import read_results
-
-    with Ledger.open(run) as ledger:
-        results = read_results(ledger)
-    write(results, file, everything=everything)
-    count = len(results.rows if everything else results.front)
-    typer.echo(f"{file}: {count} policies")
+    chosen = [
+        name
+        for name, given in (
+            ("--all", everything),
+            ("--generation", generation is not None),
+            ("--policy", policy is not None),
+        )
+        if given
+    ]
+    if len(chosen) > 1:
+        raise ConfigError(f"{' and '.join(chosen)} exclude each other")
+    typer.echo(export_file(run, file, everything, generation, policy))
 
 
 @app.command()

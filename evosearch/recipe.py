@@ -1,7 +1,8 @@
 """A search as a file: TOML in, a checked and frozen Recipe out.
 
 Everything after this module trusts what it finds in a Recipe. The digest covers all that decides
-results; budget, workers and title may change between launch and resume.
+results; budget, workers, title and the place of the data may change between launch and resume (the
+ledger knows the images by their digest).
 """
 
 import difflib
@@ -11,9 +12,9 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from evosearch.errors import ConfigError
@@ -57,6 +58,10 @@ class NetworkRecipe(_Table):
     """Per channel, subtracted from pixels / 255; from the weights file if left out."""
     std: list[Positive] | None = None
     """Per channel, what the difference is divided by; likewise."""
+    crop_padding: Annotated[int, Field(ge=0)] | None = None
+    """Padding of the random crops it was trained on; calibration images are cropped alike."""
+    flip: bool | None = None
+    """Whether it was trained on mirrored images, too; likewise."""
 
 
 class DataRecipe(_Table):
@@ -140,24 +145,26 @@ class Recipe(_Table):
     """One line for people."""
     network: NetworkRecipe
     data: DataRecipe = DataRecipe()
-    space: dict[str, Any] = Field(default_factory=lambda: {"name": "layer-sparsity"})
+    space: dict[str, Any] = Field(default_factory=dict, validate_default=True)
     """`name` of a search space, and its options."""
     search: SearchRecipe = SearchRecipe()
     proxy: ProxyRecipe = ProxyRecipe()
     run: RunRecipe = RunRecipe()
 
-    @model_validator(mode="after")
-    def _space_has_a_name(self) -> Self:
-        if not isinstance(self.space.get("name"), str):
+    @field_validator("space")
+    @classmethod
+    def _named(cls, space: dict[str, Any]) -> dict[str, Any]:
+        space = {"name": "layer-sparsity", **space}
+        if not isinstance(space["name"], str):
             raise ValueError(  # noqa: TRY004  pydantic collects ValueErrors
-                "space.name must be the name of a search space"
+                "name must be the name of a search space"
             )
-        return self
+        return space
 
     def results_key(self) -> dict[str, Any]:
         """All that decides results, as plain data."""
         data: dict[str, Any] = self.model_dump(mode="json", exclude={"title", "run"})
-        del data["search"]["evaluations"]
+        del data["search"]["evaluations"], data["data"]["root"], data["data"]["download"]
         return data
 
     def digest(self) -> str:
@@ -262,7 +269,7 @@ def _assign(data: dict[str, Any], keys: list[str], value: Any) -> None:
 
 def _absolute_paths(data: dict[str, Any], folder: Path) -> None:
     """Resolves relative paths against the recipe's folder, so that a run can move."""
-    network, images = data.get("network"), data.get("data")
+    network, images = data.get("network"), data.setdefault("data", {})
     if isinstance(network, dict):
         for key in ("weights", "name"):
             value = network.get(key)
@@ -271,6 +278,7 @@ def _absolute_paths(data: dict[str, Any], folder: Path) -> None:
             if key == "weights" or value.partition(":")[0].endswith(".py"):
                 network[key] = _from(folder, value)
     if isinstance(images, dict):
+        images.setdefault("root", "data")
         for key in ("root", "test", "name"):
             value = images.get(key)
             if isinstance(value, str) and (key != "name" or value.endswith(".npz")):
@@ -279,10 +287,9 @@ def _absolute_paths(data: dict[str, Any], folder: Path) -> None:
 
 def _from(folder: Path, value: str) -> str:
     path = Path(value).expanduser()
-    if not path.is_absolute() and not (folder / path.as_posix().partition(":")[0]).exists():
-        # As typed on the command line: relative to where the command runs.
-        folder = Path.cwd()
-    return str(path if path.is_absolute() else folder / path)
+    beside = folder.absolute() / path
+    # What is not beside the recipe was typed on the command line: relative to where that runs.
+    return str(beside if Path(str(beside).partition(":")[0]).exists() else path.absolute())
 
 
 def load_recipe(

@@ -20,7 +20,7 @@ from evosearch.errors import ConfigError, ConfigMismatch, RunExists
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement
 from evosearch.recipe import Recipe, check_recipe, load_recipe
-from evosearch.results.export import export, write_atomically
+from evosearch.results.export import export, front_records, write_atomically
 from evosearch.results.front import Results, read_results
 from evosearch.search import BASELINE, SEARCH, Outcome, Scoring, Search
 
@@ -243,16 +243,18 @@ def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Obse
     ledger.set_meta("state", "interrupted" if interrupted else "finished")
     ledger.set_meta("reason", outcome.reason)
     results = read_results(ledger)
-    files = (directory / "front.csv", directory / "front.png")
+    table, picture = directory / "front.csv", directory / "front.png"
     if results.rows:
-        for path in files:
-            export(results, path)
+        from evosearch.results.plots import plot_front
+
+        export(front_records(results), table)
+        write_atomically(picture, lambda scratch: plot_front(results, scratch))
     return Finished(
         directory=directory,
         outcome=outcome,
         results=results,
         interrupted=interrupted,
-        files=files if results.rows else (),
+        files=(table, picture) if results.rows else (),
     )
 
 

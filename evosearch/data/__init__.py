@@ -4,6 +4,7 @@ numpy arrays only; turning them into normalised tensors is the network's busines
 """
 
 from evosearch.data.arrays import ImagePool, Images, balanced_subset, held_out_mask
+from evosearch.data.augment import augment
 from evosearch.data.sources import DATASETS, DataSource, SourceOptions, open_source
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "ImagePool",
     "Images",
     "SourceOptions",
+    "augment",
     "balanced_subset",
     "held_out_mask",
     "open_source",

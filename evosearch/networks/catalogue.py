@@ -20,15 +20,27 @@ class InputSpec:
         shape: Channels, height, width.
         mean: Per channel, subtracted from pixels / 255.
         std: Per channel, what the difference is divided by.
+        crop_padding: Padding of the random crops it was trained on; 0 for none.
+        flip: Whether it was trained on mirrored images, too.
     """
 
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_padding: int = 0
+    flip: bool = False
 
 
-CIFAR = InputSpec(shape=(3, 32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-IMAGENET = InputSpec(shape=(3, 224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+CIFAR = InputSpec(
+    shape=(3, 32, 32),
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+    crop_padding=4,
+    flip=True,
+)
+IMAGENET = InputSpec(
+    shape=(3, 224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), flip=True
+)
 # The LeNets of the pruning papers take pixels / 256 without a mean.
 MNIST = InputSpec(shape=(1, 28, 28), mean=(0.0,), std=(256 / 255,))
 

@@ -20,7 +20,7 @@ from evosearch.errors import NetworkError
 from evosearch.networks.catalogue import BUILT_IN, IMAGENET, InputSpec
 from evosearch.networks.weights import load_into, read_weights, weights_path
 
-__all__ = ["Network", "NetworkSpec", "build_module", "load_network"]
+__all__ = ["Network", "NetworkSpec", "build_module", "is_own", "load_network"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,8 @@ class NetworkSpec:
         num_classes: Width of the classifier, for built-in and torchvision networks.
         arguments: Keyword arguments of a torchvision model or of a user's factory.
         weights: A file, `shipped:NAME`, or None for random weights.
-        input_shape, mean, std: Override what the weights file or the catalogue says.
+        input_shape, mean, std, crop_padding, flip: Override what the weights file or the
+            catalogue says.
     """
 
     name: str
@@ -42,6 +43,8 @@ class NetworkSpec:
     input_shape: tuple[int, int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    crop_padding: int | None = None
+    flip: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,6 +124,11 @@ def _call(name: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) 
     return module
 
 
+def is_own(name: str) -> bool:
+    """Whether a name is a user's `module:factory` or `path/to/file.py:factory`."""
+    return ":" in name and not name.startswith("torchvision:")
+
+
 def build_module(spec: NetworkSpec) -> tuple[nn.Module, InputSpec]:
     """Makes the network with random weights, and says what input it has by default.
 
@@ -135,7 +143,7 @@ def build_module(spec: NetworkSpec) -> tuple[nn.Module, InputSpec]:
                 f"{', '.join(spec.arguments)}"
             )
         return entry.make(spec.num_classes), entry.input
-    if ":" in spec.name and not spec.name.startswith("torchvision:"):
+    if is_own(spec.name):
         factory = _own_factory(spec.name)
         arguments = dict(spec.arguments)
         if "num_classes" in inspect.signature(factory).parameters:
@@ -151,34 +159,46 @@ def build_module(spec: NetworkSpec) -> tuple[nn.Module, InputSpec]:
     return _call(spec.name, found, arguments), IMAGENET
 
 
-def _metadata_input(metadata: Mapping[str, str], default: InputSpec) -> InputSpec:
-    known = {
-        key: tuple(json.loads(metadata[key])) for key in ("shape", "mean", "std") if key in metadata
+_INPUT_FIELDS = ("shape", "mean", "std", "crop_padding", "flip")
+
+
+def _settled_input(spec: NetworkSpec, metadata: Mapping[str, str], default: InputSpec) -> InputSpec:
+    """What the spec says, else the metadata of the weights, else the catalogue."""
+    told = {key: json.loads(metadata[key]) for key in _INPUT_FIELDS if key in metadata}
+    told |= {
+        key: value
+        for key in _INPUT_FIELDS
+        if (value := getattr(spec, "input_shape" if key == "shape" else key)) is not None
     }
-    return replace(default, **known)
+    settled: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+    return replace(default, **settled)
 
 
-def load_network(spec: NetworkSpec) -> Network:
+def load_network(spec: NetworkSpec, image_shape: tuple[int, int, int] | None = None) -> Network:
     """Makes a network, loads its weights, and settles its input.
 
-    Normalisation and input shape come from the spec, else from the metadata of a safetensors
-    file, else from the catalogue.
+    Normalisation, input shape and augmentation come from the spec, else from the metadata of a
+    safetensors file, else from the catalogue. A user's own network is in no catalogue: it is
+    assumed to take the images at hand, normalised like ImageNet.
+
+    Args:
+        spec: How to make it.
+        image_shape: Height, width and channels of the images at hand.
 
     Raises:
         NetworkError: The network cannot be made, its weights do not fit, or its input is
             contradictory.
     """
-    module, input_spec = build_module(spec)
+    module, default = build_module(spec)
+    if image_shape is not None and is_own(spec.name):
+        height, width, channels = image_shape
+        default = replace(default, shape=(channels, height, width))
+    metadata: Mapping[str, str] = {}
     if spec.weights is not None:
         path = weights_path(spec.weights)
         state, metadata = read_weights(path)
         load_into(module, state, str(path))
-        input_spec = _metadata_input(metadata, input_spec)
-    input_spec = InputSpec(
-        shape=spec.input_shape or input_spec.shape,
-        mean=spec.mean or input_spec.mean,
-        std=spec.std or input_spec.std,
-    )
+    input_spec = _settled_input(spec, metadata, default)
     channels = input_spec.shape[0]
     for key, values in (("mean", input_spec.mean), ("std", input_spec.std)):
         if len(values) != channels:

@@ -7,66 +7,109 @@ exports the same bytes. Only `--all` adds the seconds that scoring took.
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from evosearch.errors import BackendError, ConfigError
+from evosearch.ledger import Member
 from evosearch.measurement import METRICS
+from evosearch.policy import Policy
 from evosearch.results.front import Results, Row
 
-if TYPE_CHECKING:
-    import pandas as pd
+__all__ = [
+    "Records",
+    "export",
+    "front_records",
+    "measurement_records",
+    "population_records",
+    "write_atomically",
+]
 
-__all__ = ["SUFFIXES", "export", "to_frame", "write_atomically"]
 
-SUFFIXES = (".csv", ".json", ".parquet", ".png")
+@dataclass(frozen=True)
+class Records:
+    """A table: names of columns, and one dict per row that has all of them."""
+
+    columns: tuple[str, ...]
+    rows: tuple[dict[str, Any], ...]
 
 
-def to_frame(results: Results, rows: Sequence[Row], *, everything: bool = False) -> "pd.DataFrame":
-    """A table with one row per policy.
+_VALUES = (*METRICS, "macs", "params")
 
-    Args:
-        results: Names of groups.
-        rows: Which policies.
-        everything: Add status, feasibility, seconds and reasons of failures.
 
-    Returns:
-        Columns `policy`, the metrics, `macs` and `params` as shares of dense, `macs_count` and
-        `params_count`, and the kept channels of each group as `keep:NAME`.
-    """
-    import pandas as pd
+def _policy_columns(results: Results) -> tuple[str, ...]:
+    return tuple(f"keep:{name}" for name, _ in results.groups)
 
-    return pd.DataFrame.from_records(
-        [_record(results, row, everything) for row in rows], columns=_columns(results, everything)
+
+def _kept(results: Results, policy: Policy) -> dict[str, Any]:
+    return dict(zip(_policy_columns(results), policy.keep, strict=True))
+
+
+def _measured(row: Row) -> dict[str, Any]:
+    values = {name: row.values.get(name) for name in _VALUES}
+    return {**values, "macs_count": row.macs, "params_count": row.params}
+
+
+def front_records(results: Results) -> Records:
+    """The front by first objective: metrics, costs as shares of dense and as counts, widths."""
+    columns = ("policy", *_VALUES, "macs_count", "params_count", *_policy_columns(results))
+    return Records(
+        columns,
+        tuple(
+            {"policy": row.policy.digest, **_measured(row), **_kept(results, row.policy)}
+            for row in results.front
+        ),
     )
 
 
-def _columns(results: Results, everything: bool) -> list[str]:
-    groups = [f"keep:{name}" for name, _ in results.groups]
-    columns = ["policy", *METRICS, "macs", "params", "macs_count", "params_count", *groups]
-    if everything:
-        columns[1:1] = ["status", "on_front", "violation"]
-        columns += ["seconds", "reason"]
-    return columns
+def measurement_records(results: Results) -> Records:
+    """Every measurement of the search in the order of first asking, failures included."""
+    columns = (
+        *("policy", "status", "on_front", "violation", *_VALUES, "macs_count", "params_count"),
+        *(*_policy_columns(results), "seconds", "reason"),
+    )
+    return Records(
+        columns,
+        tuple(
+            {
+                "policy": row.policy.digest,
+                "status": row.status.value,
+                "on_front": row.on_front,
+                "violation": row.violation,
+                **_measured(row),
+                **_kept(results, row.policy),
+                "seconds": row.seconds,
+                "reason": row.reason,
+            }
+            for row in results.rows
+        ),
+    )
 
 
-def _record(results: Results, row: Row, everything: bool) -> dict[str, object]:
-    record: dict[str, object] = {"policy": row.policy.digest}
-    record |= {name: row.values.get(name) for name in (*METRICS, "macs", "params")}
-    record |= {"macs_count": row.macs, "params_count": row.params}
-    record |= {
-        f"keep:{name}": count
-        for (name, _), count in zip(results.groups, row.policy.keep, strict=True)
-    }
-    if everything:
-        record |= {
-            "status": row.status.value,
-            "on_front": row.on_front,
-            "violation": row.violation,
-            "seconds": row.seconds,
-            "reason": row.reason,
-        }
-    return record
+def population_records(results: Results, members: Sequence[Member]) -> Records:
+    """A generation's population in the algorithm's order, with rank and crowding distance."""
+    columns = ("policy", "rank", "crowding", *_VALUES, *_policy_columns(results))
+    measured = {row.policy: row for row in results.rows}
+    return Records(
+        columns,
+        tuple(
+            {
+                "policy": member.policy.digest,
+                "rank": member.rank,
+                "crowding": member.crowding,
+                # A policy that breaks a budget was never measured.
+                **{
+                    name: measured[member.policy].values.get(name)
+                    if member.policy in measured
+                    else None
+                    for name in _VALUES
+                },
+                **_kept(results, member.policy),
+            }
+            for member in members
+        ),
+    )
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -88,31 +131,43 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def export(results: Results, path: Path, *, everything: bool = False) -> None:
-    """Writes the front, or every measurement, in the format of the suffix.
+def _write_json(records: Records, path: Path) -> None:
+    # Not by pandas, which rounds numbers. Infinite crowding is null: JSON has no word for it.
+    rows = [
+        {k: None if v in (float("inf"), float("-inf")) else v for k, v in row.items()}
+        for row in records.rows
+    ]
+    path.write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
+
+
+def _write_csv(records: Records, path: Path) -> None:
+    import pandas as pd
+
+    frame = pd.DataFrame.from_records(list(records.rows), columns=list(records.columns))
+    frame.to_csv(path, index=False, lineterminator="\n")
+
+
+def _write_parquet(records: Records, path: Path) -> None:
+    import pandas as pd
+
+    frame = pd.DataFrame.from_records(list(records.rows), columns=list(records.columns))
+    frame.to_parquet(path, index=False)
+
+
+_WRITERS: dict[str, Callable[[Records, Path], None]] = {
+    ".csv": _write_csv,
+    ".json": _write_json,
+    ".parquet": _write_parquet,
+}
+
+
+def export(records: Records, path: Path) -> None:
+    """Writes a table in the format of the suffix, atomically.
 
     Raises:
-        ConfigError: Another suffix.
+        ConfigError: The suffix is none of .csv, .json, .parquet.
         BackendError: The file cannot be written.
     """
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"{path} must end with one of {', '.join(SUFFIXES)}")
-    if path.suffix == ".png":
-        from evosearch.results.plots import plot_front
-
-        write_atomically(path, lambda scratch: plot_front(results, scratch))
-        return
-    rows = results.rows if everything else results.front
-    if path.suffix == ".json":
-        # Not by pandas, which rounds numbers.
-        records = [_record(results, row, everything) for row in rows]
-        text = json.dumps(records, indent=2) + "\n"
-        write_atomically(path, lambda scratch: scratch.write_text(text))
-        return
-    frame = to_frame(results, rows, everything=everything)
-    if path.suffix == ".csv":
-        write_atomically(
-            path, lambda scratch: frame.to_csv(scratch, index=False, lineterminator="\n")
-        )
-    else:
-        write_atomically(path, lambda scratch: frame.to_parquet(scratch, index=False))
+    if path.suffix not in _WRITERS:
+        raise ConfigError(f"{path} must end with one of {', '.join(_WRITERS)}")
+    write_atomically(path, lambda scratch: _WRITERS[path.suffix](records, scratch))

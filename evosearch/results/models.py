@@ -66,7 +66,8 @@ def export_network(run: Path, file: Path, digits: str | None) -> str:
     with Ledger.open(run) as ledger:
         results = read_results(ledger)
         recipe = check_recipe(ledger.meta("recipe"), f"the recipe in {ledger.path}")
-        row = _chosen((*results.rows, *results.baseline), digits, run)
+        measured = {row.policy: row for row in (*results.baseline, *results.rows)}
+        row = _chosen(tuple(measured.values()), digits, run)
     assembled = assemble(recipe)
     module = Scorer(assembled.workload).network_of(row.policy)
     spec = assembled.workload.spec
@@ -78,6 +79,8 @@ def export_network(run: Path, file: Path, digits: str | None) -> str:
         "shape": assembled.workload.input.shape,
         "mean": assembled.workload.input.mean,
         "std": assembled.workload.input.std,
+        "crop_padding": assembled.workload.input.crop_padding,
+        "flip": assembled.workload.input.flip,
         "keep": row.policy.keep,
         "policy": row.policy.digest,
         "macs": row.macs,

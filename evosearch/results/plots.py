@@ -47,12 +47,12 @@ def plot_front(results: Results, path: Path) -> None:
     axes = figure.add_subplot()
     axes.scatter(*points(results.rows), s=9, color="0.75", label=f"measured ({len(results.rows)})")
     if results.baseline:
-        axes.plot(
-            *points(results.baseline), "s--", ms=3.5, lw=1, color="C1", label="uniform ratios"
-        )
+        axes.plot(*points(results.baseline), "s", ms=4, color="C1", label="uniform ratios")
     front = results.front
     name = "front" if results.feasible else "nearest to feasible"
-    axes.plot(*points(front), "o-", ms=4, lw=1.2, color="C0", label=f"{name} ({len(front)})")
+    # Steps, not slopes: between two networks there is no third one on a line.
+    (line,) = axes.plot(*points(front), "o-", color="C0", label=f"{name} ({len(front)})")
+    line.set(drawstyle="steps-post", markersize=4, linewidth=1.2)
     dense_y = {"error": results.dense["error"], "divergence": 0.0}.get(y)
     if dense_y is not None:
         axes.plot([1.0], [dense_y], "*", ms=11, color="C3", label="dense network")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evosearch.data import Images
+from evosearch.data import Images, augment
 from evosearch.errors import BackendError, ConfigError
 from evosearch.networks import Network
 
@@ -74,34 +74,6 @@ class EpochLog:
     train_top1: float
     held_out_top1: float
     seconds: float
-
-
-def augment(
-    pixels: NDArray[np.uint8], padding: int, flip: bool, rng: np.random.Generator
-) -> NDArray[np.uint8]:
-    """Random crops of zero-padded images, half of them mirrored.
-
-    Args:
-        pixels: `(n, height, width, channels)` uint8.
-        padding: Zeros added on each side before cropping back to the size.
-        flip: Whether to mirror.
-        rng: Source of the choices.
-
-    Returns:
-        Array like `pixels`.
-    """
-    n, height, width, _ = pixels.shape
-    if padding:
-        around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-        padded = np.pad(pixels, around)
-        top, left = rng.integers(0, 2 * padding + 1, (2, n))
-        rows = top[:, None, None] + np.arange(height)[None, :, None]
-        columns = left[:, None, None] + np.arange(width)[None, None, :]
-        pixels = padded[np.arange(n)[:, None, None], rows, columns]
-    if flip:
-        mirrored = rng.random((n, 1, 1, 1)) < 0.5
-        pixels = np.where(mirrored, pixels[:, :, ::-1], pixels)
-    return pixels
 
 
 def _batches(

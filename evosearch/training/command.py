@@ -64,7 +64,8 @@ def train_baseline(
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
-    network = load_network(spec)
+    height, width, channels = images.pixels.shape[1:]
+    network = load_network(spec, (height, width, channels))
     if images.pixels.shape[1:] != (*network.input.shape[1:], network.input.shape[0]):
         raise ConfigError(
             f"{spec.name} takes images of shape {network.input.shape}, {data} has "
@@ -79,6 +80,8 @@ def train_baseline(
         "shape": network.input.shape,
         "mean": network.input.mean,
         "std": network.input.std,
+        "crop_padding": settings.crop_padding,
+        "flip": settings.flip,
         "training_images": len(images),
         "held_out_images": len(held_out),
         "held_out_top1": log[-1].held_out_top1,

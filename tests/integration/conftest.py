@@ -1,0 +1,105 @@
+"""How integration tests run evosearch: as a user does, through the command line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from evosearch.ledger import Ledger
+from evosearch.search import SEARCH
+
+TINY = Path(__file__).with_name("tiny.py")
+
+RECIPE = f"""
+[network]
+name = "{TINY}:NETWORK"
+input_shape = [3, 32, 32]
+mean = [0.49, 0.48, 0.45]
+std = [0.25, 0.24, 0.26]
+
+[data]
+calibration = 128
+validation = 200
+
+[search]
+objectives = ["divergence", "macs"]
+population = 8
+evaluations = 40
+baseline = 4
+
+[run]
+workers = 0
+"""
+
+
+class Cli:
+    """Runs `python -m evosearch` in a directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._started: list[subprocess.Popen[str]] = []
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Starts a command in a process group of its own."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "evosearch", *arguments],
+            cwd=self.folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._started.append(process)
+        return process
+
+    def run(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Runs a command to its end and checks its exit code."""
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == code, f"{arguments}: {process.returncode}\n{out}\n{err}"
+        assert "Traceback" not in err
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def wait_for(self, process: subprocess.Popen[str], run: Path, measurements: int) -> None:
+        """Returns when a run's ledger holds so many measurements."""
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()
+            if (run / "ledger.sqlite").exists():
+                with Ledger.open(run) as ledger:
+                    if ledger.progress(SEARCH)["evaluations"] >= measurements:
+                        return
+            time.sleep(0.01)
+        raise AssertionError(f"no {measurements} measurements in time")
+
+    def close(self) -> None:
+        """Ends what is left."""
+        for process in self._started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[Cli]:
+    runner = Cli(tmp_path)
+    yield runner
+    runner.close()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., str]:
+    """Writes the tiny recipe with another network, and returns its file name."""
+
+    def write(network: str = "Tiny", more: str = "") -> str:
+        path = tmp_path / f"{network.lower()}.toml"
+        path.write_text(RECIPE.replace("NETWORK", network) + more)
+        return path.name
+
+    return write

@@ -1,0 +1,162 @@
+"""The commands as a user meets them."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import evosearch
+from tests.integration.conftest import Cli
+
+COMMANDS = ["launch", "resume", "status", "export", "profile", "train", "list"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_instant_and_has_an_example(command: str) -> None:
+    arguments = [sys.executable, "-m", "evosearch", *([command] if command else []), "--help"]
+    spent = []
+    for _ in range(5):
+        start = time.perf_counter()
+        out = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+        spent.append(time.perf_counter() - start)
+    # The best of five: what other processes take meanwhile is not ours.
+    assert min(spent) < 0.5
+    assert not command or f"Example: evosearch {command}" in out
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("recipes", "quickstart"),
+        ("spaces", "layer-sparsity"),
+        ("algorithms", "gde3"),
+        ("criteria", "residual-energy"),
+        ("proxies", "compensated"),
+        ("networks", "resnet110"),
+        ("datasets", "cifar10-sample"),
+    ],
+)
+def test_list_names_what_a_recipe_can_name(cli: Cli, what: str, name: str) -> None:
+    assert name in cli.run("list", what).stdout
+
+
+def test_quickstart_ends_with_front_hypervolumes_and_files(cli: Cli) -> None:
+    said = cli.run("launch", "quickstart", "--workers", "0", "--evaluations", "9").stdout
+    assert "Pareto front" in said
+    assert "hypervolume" in said
+    assert "uniform baseline" in said
+    for name in ("front.csv", "front.png"):
+        assert f"runs/quickstart/{name}" in said
+        assert (cli.folder / "runs" / "quickstart" / name).stat().st_size > 500
+
+
+def test_a_recipe_can_be_launched_again_beside_itself(cli: Cli, recipe: Callable[..., str]) -> None:
+    options = ("--evaluations", "4", "--set", "search.baseline=0")
+    for _ in range(2):
+        cli.run("launch", recipe(), *options)
+    assert (cli.folder / "runs" / "tiny-2" / "ledger.sqlite").exists()
+    # What a run wrote down is a recipe that gives the same run.
+    cli.run("launch", "runs/tiny/recipe.toml", "--out", "copy", *options)
+    first, copy = (cli.folder / run / "front.csv" for run in ("runs/tiny", "copy"))
+    assert first.read_bytes() == copy.read_bytes()
+
+
+@pytest.fixture
+def run(cli: Cli, recipe: Callable[..., str]) -> Path:
+    cli.run("launch", recipe(), "--out", "run", "--evaluations", "20")
+    return cli.folder / "run"
+
+
+def test_a_finished_run_can_be_looked_at(cli: Cli, run: Path) -> None:
+    facts = json.loads(cli.run("status", "run", "--json").stdout)
+    assert facts["state"] == "finished"
+    assert facts["evaluations"] == 20
+    assert facts["by_status"] == {"ok": 20}
+    for suffix in ("csv", "json", "parquet"):
+        cli.run("export", "run", f"all.{suffix}", "--all")
+    csv = pd.read_csv(cli.folder / "all.csv")
+    assert len(csv) == 20
+    as_json = pd.DataFrame(json.loads((cli.folder / "all.json").read_text()))
+    pd.testing.assert_frame_equal(csv, as_json, check_dtype=False)
+    pd.testing.assert_frame_equal(
+        csv, pd.read_parquet(cli.folder / "all.parquet"), check_dtype=False
+    )
+
+
+def test_an_exported_network_loads_and_does_what_was_measured(cli: Cli, run: Path) -> None:
+    cli.run("export", "run", "all.csv", "--all")
+    rows = pd.read_csv(cli.folder / "all.csv")
+    row = rows[rows.macs < 0.6].iloc[0]
+    said = cli.run("export", "run", "small.safetensors", "--policy", row.policy[:8]).stdout
+    assert f"{row.macs:.1%} of the MACs" in said
+    network = evosearch.load_pruned(cli.folder / "small.safetensors")
+    assert sum(p.numel() for p in network.parameters()) == row.params_count
+
+    from evosearch.data import balanced_subset, open_source
+    from evosearch.networks import NetworkSpec, load_network
+
+    spec = NetworkSpec(
+        name=f"{Path(__file__).with_name('tiny.py')}:Tiny",
+        mean=(0.49, 0.48, 0.45),
+        std=(0.25, 0.24, 0.26),
+    )
+    held_out = open_source("cifar10-sample").held_out()
+    images = held_out.take(balanced_subset(held_out.labels, 200, 0))
+    with torch.inference_mode():
+        outputs = network(load_network(spec).normalise(images.pixels))
+    error = float((outputs.argmax(1).numpy() != images.labels).mean())
+    assert error == pytest.approx(row.error, abs=1e-9)
+
+
+def test_profile_predicts_before_anything_is_searched(cli: Cli, recipe: Callable[..., str]) -> None:
+    said = cli.run("profile", recipe(), "--workers", "2").stdout
+    assert "genes       3 for 3 groups" in said
+    assert "classifier" in said
+    assert "it is the network's output" in said
+    assert "prediction  44 measurements with 2 workers" in said
+
+
+def test_a_run_can_start_from_another_one(cli: Cli, recipe: Callable[..., str], run: Path) -> None:
+    cli.run(
+        "launch",
+        recipe(),
+        "--out",
+        "second",
+        "--seed-from",
+        "run",
+        "--seed",
+        "5",
+        "--evaluations",
+        "8",
+        "--set",
+        "search.baseline=0",
+    )
+    from evosearch.ledger import Ledger
+
+    with Ledger.open(run) as first, Ledger.open(cli.folder / "second") as second:
+        best = {member.policy for member in first.population() if member.rank == 0}
+        asked = {entry.policy for entry in second.entries("search")}
+    assert best <= asked
+
+
+def test_training_can_be_killed_and_continued(cli: Cli) -> None:
+    options = ["--epochs", "3", "--batch-size", "100", "--seed", "1"]
+    network = f"{Path(__file__).with_name('tiny.py')}:Tiny"
+    data = ["train", network, "cifar10-sample", *options]
+    cli.run(*data, "--out", "whole.safetensors")
+    process = cli.start(*data, "--out", "killed.safetensors")
+    checkpoint = cli.folder / "killed.checkpoint.pt"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    said = cli.run(*data, "--out", "killed.safetensors").stdout
+    assert "held out" in said
+    logs = [pd.read_csv(cli.folder / f"{name}.log.csv") for name in ("whole", "killed")]
+    pd.testing.assert_frame_equal(*(log.drop(columns="seconds") for log in logs))

@@ -1,0 +1,88 @@
+"""A search that is killed and resumed ends as if it had never been killed."""
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from evosearch.ledger import Ledger
+from tests.integration.conftest import Cli
+
+ALGORITHMS = ["de", "nsga2", "gde3", "nsde", "random", "uniform"]
+# Single-objective algorithms take the other objective as a constraint.
+GOALS = {
+    "de": ['search.objectives=["divergence"]', 'search.constraints=["macs <= 0.6"]'],
+}
+
+
+def settings(algorithm: str) -> list[str]:
+    chosen = ["--algorithm", algorithm]
+    for goal in GOALS.get(algorithm, []):
+        chosen += ["--set", goal]
+    return chosen
+
+
+def kill_tree(pid: int) -> None:
+    """kill -9 of a process and everything it started, Ray's own process groups included."""
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    for process in family:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=30)
+
+
+def landed(run: Path) -> list[tuple[str, str, float]]:
+    with Ledger.open(run) as ledger:
+        return [(d, str(m.metrics), m.seconds) for d, m in ledger.measurements().items()]
+
+
+def check(cli: Cli, recipe: str, options: list[str], name: str) -> None:
+    """Searches twice, kills one at a random moment, resumes it, compares the exports."""
+    whole, killed = cli.folder / f"{name}-whole", cli.folder / f"{name}-killed"
+    cli.run("launch", recipe, "--out", str(whole), *options)
+    process = cli.start("launch", recipe, "--out", str(killed), *options)
+    moment = random.Random(os.urandom(8)).randint(1, 25)
+    cli.wait_for(process, killed, moment)
+    kill_tree(process.pid)
+    before = landed(killed)
+    cli.run("resume", str(killed))
+    assert landed(killed)[: len(before)] == before, f"killed after {moment}"
+    for run in (whole, killed):
+        cli.run("export", str(run), f"{run}.csv")
+        cli.run("export", str(run), f"{run}-all.csv", "--all")
+    first, second = (Path(f"{run}.csv").read_bytes() for run in (whole, killed))
+    assert first == second, f"killed after {moment}"
+    everything = [pd.read_csv(f"{run}-all.csv").drop(columns="seconds") for run in (whole, killed)]
+    assert len(everything[0]) > 20
+    pd.testing.assert_frame_equal(*everything)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_killed_search_ends_as_if_never_killed(
+    cli: Cli, recipe: Callable[..., str], algorithm: str
+) -> None:
+    check(cli, recipe(), settings(algorithm), algorithm)
+
+
+@pytest.mark.ray
+def test_killed_search_on_ray_ends_as_if_never_killed(cli: Cli, recipe: Callable[..., str]) -> None:
+    check(cli, recipe(), ["--workers", "2"], "ray")
+
+
+def test_larger_budget_later_is_a_larger_budget_at_once(
+    cli: Cli, recipe: Callable[..., str]
+) -> None:
+    cli.run("launch", recipe(), "--out", "whole", "--evaluations", "30")
+    cli.run("launch", recipe(), "--out", "grown", "--evaluations", "13")
+    cli.run("resume", "grown", "--evaluations", "30")
+    for run in ("whole", "grown"):
+        cli.run("export", run, f"{run}.csv")
+    whole, grown = ((cli.folder / f"{run}.csv").read_bytes() for run in ("whole", "grown"))
+    assert whole == grown

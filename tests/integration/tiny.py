@@ -1,0 +1,64 @@
+"""A network small enough that a whole search takes seconds, and ways for it to misbehave."""
+
+import os
+import time
+
+import torch
+from torch import Tensor, nn
+
+
+class Tiny(nn.Module):
+    """Three convolutions with batch norm, for 32x32 images."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for before, after, stride in ((3, 8, 2), (8, 16, 2), (16, 24, 2)):
+            layers += [
+                nn.Conv2d(before, after, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+            ]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(24, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(n, 3, 32, 32)` to logits."""
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+class _Trap(Tiny):
+    """Springs when the first layer has become narrow."""
+
+    width = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Like Tiny, until the trap springs."""
+        if self.features[0].out_channels <= self.width:
+            self.spring()
+        return super().forward(x)
+
+    def spring(self) -> None:
+        """What happens then."""
+        raise RuntimeError("this width is cursed")
+
+
+class Raises(_Trap):
+    """Narrow networks raise."""
+
+
+class Dies(_Trap):
+    """Narrow networks take their process with them."""
+
+    def spring(self) -> None:
+        """Ends the process, as the system does when memory is short."""
+        os._exit(1)
+
+
+class Hangs(_Trap):
+    """Narrow networks take very long."""
+
+    def spring(self) -> None:
+        """Sleeps for longer than any test."""
+        time.sleep(3600)

@@ -1,0 +1,328 @@
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+
+from evosearch.errors import BudgetUnreachable, ConfigError, PolicyError
+from evosearch.networks import NetworkSpec, load_network
+from evosearch.policy import Policy
+from evosearch.pruning.groups import trace
+from evosearch.pruning.table import GroupTable
+from evosearch.space import make_space
+from evosearch.testing import chain_table
+from search_spaces.layer_sparsity import LayerSparsity
+
+FloatArray = NDArray[np.float64]
+KINDS = ("macs", "params")
+
+genes = st.floats(0, 1) | st.sampled_from([0.0, 0.5, 1.0])
+tables = st.lists(st.integers(2, 40), min_size=1, max_size=5).map(chain_table)
+steps = st.sampled_from([1, 2, 3, 8, 64])
+groupings = st.sampled_from(["layer", "stage"])
+some = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def bounds(draw: st.DrawFn, lowest: float = 0.0) -> tuple[float, float]:
+    few = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
+    low, high = sorted((draw(few), draw(few)))
+    return max(low, lowest), max(high, lowest)
+
+
+@st.composite
+def projected(draw: st.DrawFn) -> tuple[GroupTable, dict[str, Any]]:
+    """A network, and options with a budget between the cheapest and the dearest policy."""
+    table = draw(tables)
+    options: dict[str, Any] = {
+        "sparsity": (0.0, draw(st.sampled_from([0.5, 0.9, 1.0]))),
+        "round_to": draw(steps),
+        "grouping": draw(groupings),
+    }
+    space = LayerSparsity(table, options)
+    kind = draw(st.integers(0, 1))
+    lowest, highest = table.costs_of([space.cheapest(), space.dearest()])[kind]
+    share = (lowest + draw(st.floats(0, 1)) * (highest - lowest)) / table.dense_costs[kind]
+    assume(share <= 1)
+    return table, {**options, "project_onto": {KINDS[kind]: float(share)}}
+
+
+def genomes_of(space: LayerSparsity) -> st.SearchStrategy[FloatArray]:
+    shape = st.tuples(st.integers(1, 4), st.just(space.n_genes))
+    return arrays(np.float64, shape, elements=genes)
+
+
+def keep_of(space: LayerSparsity, genomes: FloatArray) -> NDArray[np.int64]:
+    return np.array([policy.keep for policy in space.decode(genomes)])
+
+
+def admissible(channels: int, low: float, high: float, step: int) -> list[int]:
+    """Widths that the class docstring allows."""
+    fewest, most = channels * (1 - high) - 1e-9, channels * (1 - low) + 1e-9
+    widths = {w for w in range(step, channels + 1, step) if fewest <= w <= most}
+    return sorted(widths | ({channels} if low == 0 else set()))
+
+
+@cache
+def traced(name: str) -> GroupTable:
+    return trace(load_network(NetworkSpec(name=name))).table
+
+
+@some
+@given(tables, bounds(), steps, groupings, st.data())
+def test_every_vector_gives_a_policy_of_the_network(
+    table: GroupTable, sparsity: tuple[float, float], step: int, grouping: str, data: st.DataObject
+) -> None:
+    options = {"sparsity": sparsity, "round_to": step, "grouping": grouping}
+    space = LayerSparsity(table, options)
+    for policy in space.decode(data.draw(genomes_of(space))):
+        table.check(policy)
+
+
+@some
+@given(tables, st.sampled_from([0.25, 0.9, 1.0]), steps, groupings, st.data())
+def test_kept_channels_are_multiples_or_all(
+    table: GroupTable, high: float, step: int, grouping: str, data: st.DataObject
+) -> None:
+    options = {"sparsity": (0.0, high), "round_to": step, "grouping": grouping}
+    space = LayerSparsity(table, options)
+    keep = keep_of(space, data.draw(genomes_of(space)))
+    assert ((keep % step == 0) | (keep == table.channels)).all()
+
+
+@pytest.mark.xfail(reason="max(1, 0 * step) keeps one channel (layer_sparsity.py, _admissible)")
+@pytest.mark.parametrize("sparsity", [(0.9, 0.95), (0.5, 0.9)])
+def test_kept_channels_are_multiples_or_all_when_no_multiple_is_in_bounds(
+    sparsity: tuple[float, float],
+) -> None:
+    space = LayerSparsity(chain_table([20, 50]), {"sparsity": sparsity, "round_to": 64})
+    for policy in (space.cheapest(), space.dearest()):
+        assert all(k % 64 == 0 or k == c for k, c in zip(policy.keep, (20, 50), strict=True))
+
+
+@some
+@given(tables, bounds(), steps, st.data())
+def test_kept_channels_are_the_nearest_admissible_width(
+    table: GroupTable, sparsity: tuple[float, float], step: int, data: st.DataObject
+) -> None:
+    space = LayerSparsity(table, {"sparsity": sparsity, "round_to": step})
+    genome = data.draw(genomes_of(space))[:1]
+    low, high = sparsity
+    wanted = table.channels * (1 - (low + genome[0] * (high - low)))
+    for width, wish, channels in zip(
+        keep_of(space, genome)[0], wanted, table.channels, strict=True
+    ):
+        widths = admissible(int(channels), low, high, step)
+        assume(widths)
+        assert width in widths
+        assert abs(width - wish) <= min(abs(w - wish) for w in widths) + 1e-9
+
+
+@some
+@given(tables, bounds(), steps, groupings, st.data())
+def test_larger_gene_never_keeps_more(
+    table: GroupTable, sparsity: tuple[float, float], step: int, grouping: str, data: st.DataObject
+) -> None:
+    options = {"sparsity": sparsity, "round_to": step, "grouping": grouping}
+    space = LayerSparsity(table, options)
+    genomes = data.draw(genomes_of(space))
+    larger = np.maximum(genomes, data.draw(genomes_of(space))[0])
+    assert (keep_of(space, larger) <= keep_of(space, genomes)).all()
+
+
+@some
+@given(projected(), st.data())
+def test_projected_policy_stays_within_the_budget(
+    case: tuple[GroupTable, dict[str, Any]], data: st.DataObject
+) -> None:
+    table, options = case
+    space = LayerSparsity(table, options)
+    ((kind, share),) = options["project_onto"].items()
+    which = KINDS.index(kind)
+    costs = table.costs(keep_of(space, data.draw(genomes_of(space))))[which]
+    assert (costs <= share * table.dense_costs[which]).all()
+
+
+@some
+@given(projected(), st.data())
+def test_no_gene_of_a_projected_policy_can_grow_by_one_step(
+    case: tuple[GroupTable, dict[str, Any]], data: st.DataObject
+) -> None:
+    table, options = case
+    space = LayerSparsity(table, options)
+    ((kind, share),) = options["project_onto"].items()
+    which = KINDS.index(kind)
+    for keep in keep_of(space, data.draw(genomes_of(space))):
+        wider = np.array(list(one_step_wider(table, options, keep)))
+        if len(wider):
+            assert (table.costs(wider)[which] > share * table.dense_costs[which]).all()
+
+
+def one_step_wider(
+    table: GroupTable, options: dict[str, Any], keep: NDArray[np.int64]
+) -> list[NDArray[np.int64]]:
+    """The policy with one gene a level up, for every gene that has such a level."""
+    low, high = options["sparsity"]
+    layers = [(group,) for group in range(len(keep))]
+    found = []
+    for members in table.stages if options["grouping"] == "stage" else layers:
+        wider = keep.copy()
+        for group in members:
+            widths = admissible(int(table.channels[group]), low, high, options["round_to"])
+            wider[group] = next((w for w in widths if w > keep[group]), keep[group])
+        if (wider > keep).any():
+            found.append(wider)
+    return found
+
+
+@pytest.mark.xfail(reason="a factor of 1e-3 does not reach one channel of 4096 (_project)")
+def test_wide_groups_stay_within_a_tiny_budget() -> None:
+    table = chain_table([4096, 4096])
+    space = LayerSparsity(table, {"sparsity": [0.0, 1.0], "project_onto": {"params": 1e-6}})
+    (params,) = table.costs(keep_of(space, np.zeros((1, 2))))[1]
+    assert params <= 1e-6 * table.dense_costs[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("network", ["resnet20", "lenet-5"])
+def test_projected_policies_of_a_real_network_spend_the_budget(network: str, kind: str) -> None:
+    table, which = traced(network), KINDS.index(kind)
+    space = LayerSparsity(table, {"project_onto": {kind: 0.4}})
+    genomes = np.random.default_rng(0).random((32, space.n_genes))
+    shares = table.costs(keep_of(space, genomes))[which] / table.dense_costs[which]
+    assert (shares <= 0.4).all()
+    assert (shares > 0.38).all()  # one channel of 20 is more than a hundredth
+
+
+def test_projection_keeps_the_proportions_of_the_genes() -> None:
+    table = traced("resnet20")
+    space = LayerSparsity(table, {"project_onto": {"macs": 0.5}})
+    genome = np.full((1, 9), 0.5)
+    genome[0, 4] = 0.9
+    kept = keep_of(space, genome)[0] / table.channels
+    assert kept[4] == kept.min()
+    assert np.ptp(np.delete(kept, 4)) <= 1 / 16 + 1e-9
+
+
+def test_genes_at_zero_keep_everything_and_at_one_the_least() -> None:
+    space = LayerSparsity(traced("resnet20"), {})
+    dense, least = space.decode(np.array([[0.0] * 9, [1.0] * 9]))
+    assert dense == traced("resnet20").dense == space.dearest()
+    assert least == space.cheapest()
+    assert least.keep == (2, 2, 2, 4, 4, 4, 7, 7, 7)
+
+
+def test_no_sparsity_empties_a_group() -> None:
+    space = LayerSparsity(traced("lenet-5"), {"sparsity": [1.0, 1.0]})
+    assert space.decode(np.ones((1, 3))) == [Policy((1, 1, 1))]
+
+
+def test_stage_has_one_gene_for_all_groups_of_a_resolution() -> None:
+    space = LayerSparsity(traced("resnet20"), {"grouping": "stage"})
+    assert space.n_genes == 3
+    assert space.gene_names[0] == "layer1.0.conv1..layer1.2.conv1"
+    (policy,) = space.decode(np.array([[0.0, 0.5, 1.0]]))
+    assert policy.keep == (16, 16, 16, 18, 18, 18, 7, 7, 7)
+
+
+def test_ladder_starts_with_the_ends_and_the_middle() -> None:
+    space = LayerSparsity(traced("resnet20"), {})
+    assert space.ladder(5)[:, 0].tolist() == [0.0, 1.0, 0.5, 0.25, 0.75]
+
+
+def test_ladder_finds_every_uniform_policy() -> None:
+    space = LayerSparsity(chain_table([7, 7]), {"sparsity": [0.0, 1.0]})
+    policies = space.decode(space.ladder(10**6))
+    assert {policy.keep for policy in policies} == {(k, k) for k in range(1, 8)}
+
+
+def test_policy_of_another_network_is_not_encoded() -> None:
+    space = LayerSparsity(chain_table([8, 8]), {})
+    with pytest.raises(PolicyError, match="has 2 counts, got 3"):
+        space.encode(Policy((1, 1, 1)))
+    with pytest.raises(PolicyError, match="group conv1 has 8 channels, not 9"):
+        space.encode(Policy((8, 9)))
+
+
+def test_policy_beyond_the_bounds_is_encoded_as_the_nearest() -> None:
+    space = LayerSparsity(chain_table([10, 10]), {"sparsity": [0.2, 0.5]})
+    assert space.encode(Policy((10, 1))).tolist() == [0.0, 1.0]
+
+
+def test_space_registers_by_name() -> None:
+    assert isinstance(make_space("layer-sparsity", chain_table(), {}), LayerSparsity)
+
+
+def test_unknown_space_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"no search space 'layers'; there are layer-sparsity"):
+        make_space("layers", chain_table(), {})
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"rond_to": 8}, r"space\.rond_to: unknown key; did you mean 'round_to'\?"),
+        ({"colour": 8}, r"space\.colour: unknown key; known are sparsity, round_to"),
+        ({"sparsity": [0.9, 0.1]}, r"the lower bound 0\.9 exceeds the upper bound 0\.1"),
+        ({"sparsity": [-0.1, 0.5]}, r"space\.sparsity\.0: .*greater than or equal to 0, got -0\.1"),
+        ({"sparsity": [0.1, 1.5]}, r"space\.sparsity\.1: .*less than or equal to 1, got 1\.5"),
+        ({"sparsity": [float("nan"), 0.5]}, r"space\.sparsity\.0: .*got nan"),
+        ({"sparsity": [0.1]}, r"space\.sparsity\.1: missing"),
+        ({"sparsity": [0.1, 0.2, 0.3]}, r"space\.sparsity: .*at most 2 items"),
+        ({"sparsity": 0.5}, r"space\.sparsity: .*valid tuple, got 0\.5"),
+        ({"round_to": 0}, r"space\.round_to: .*greater than or equal to 1, got 0"),
+        ({"round_to": 1.5}, r"space\.round_to: .*integer.*got 1\.5"),
+        ({"grouping": "block"}, r"space\.grouping: .*'layer' or 'stage', got 'block'"),
+        ({"project_onto": 0.5}, r"space\.project_onto: .*got 0\.5"),
+        ({"project_onto": {}}, r"space\.project_onto: name exactly one of macs and params"),
+        (
+            {"project_onto": {"macs": 0.5, "params": 0.5}},
+            r"space\.project_onto: name exactly one of macs and params",
+        ),
+        ({"project_onto": {"macs": 1.5}}, r"space\.project_onto\.macs: .*equal to 1, got 1\.5"),
+    ],
+)
+def test_wrong_option_is_refused_by_its_name(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        LayerSparsity(chain_table(), options)
+
+
+@pytest.mark.xfail(reason="_known_keys does not look into `ProjectOnto | None` (recipe.py)")
+def test_unknown_budget_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'macs'|known are macs, params"):
+        LayerSparsity(chain_table(), {"project_onto": {"mac": 0.5}})
+
+
+@pytest.mark.xfail(reason="options are not strict, unlike every other table of a recipe")
+@pytest.mark.parametrize("options", [{"round_to": "8"}, {"round_to": True}, {"round_to": 8.0}])
+def test_number_given_as_something_else_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"space\.round_to"):
+        LayerSparsity(chain_table(), options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"project_onto": {"macs": 0.001}},
+            r"macs = 0\.001 is out of reach: .* can be 0\.1296 to 1\.0000 of dense",
+        ),
+        (
+            {"project_onto": {"params": 0.001}},
+            r"params = 0\.001 is out of reach: .* can be 0\.1190 to 1\.0000",
+        ),
+        (
+            {"sparsity": [0.2, 0.9], "project_onto": {"macs": 0.95}},
+            r"macs = 0\.95 is out of reach: within .* it can be 0\.1296 to 0\.7777",
+        ),
+    ],
+)
+def test_budget_out_of_reach_names_the_reachable_range(
+    options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(BudgetUnreachable, match=rf"space\.project_onto\.{sentence}"):
+        LayerSparsity(traced("resnet20"), options)
