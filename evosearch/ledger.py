@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +23,17 @@ from evosearch.errors import (
     LedgerError,
     LedgerLocked,
     LedgerVersionError,
+    RunExists,
 )
 from evosearch.measurement import Measurement, Status
 from evosearch.policy import Policy
 
-__all__ = ["SCHEMA_VERSION", "Ledger", "Member", "RunLock", "lock_holder"]
+__all__ = ["SCHEMA_VERSION", "Entry", "Ledger", "Member", "RunLock", "lock_holder"]
 
 SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x45564F53  # "EVOS"
 _FILE, _LOCK = "ledger.sqlite", "lock"
+_LOCK_TRIES, _LOCK_PAUSE_S = 20, 0.02
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -95,14 +98,20 @@ class RunLock:
             self._stream = self._path.open("a+")
         except OSError as exc:
             raise BackendError(f"cannot write to {run}: {exc.strerror}") from exc
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            self._stream.close()
-            raise LedgerLocked(
-                f"{run} is in use by {lock_holder(run) or 'another process'}; "
-                "wait for it to end, or stop it"
-            ) from exc
+        # Somebody who asks for the holder takes the lock for a moment, so one refusal is no answer.
+        for patience in range(_LOCK_TRIES):
+            try:
+                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as exc:
+                if patience + 1 < _LOCK_TRIES:
+                    time.sleep(_LOCK_PAUSE_S)
+                    continue
+                self._stream.close()
+                raise LedgerLocked(
+                    f"{run} is in use by {lock_holder(run) or 'another process'}; "
+                    "wait for it to end, or stop it"
+                ) from exc
         self._stream.truncate(0)
         self._stream.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._stream.flush()
@@ -131,14 +140,31 @@ def _translated(path: Path) -> Iterator[None]:
     """Lets no sqlite3 exception leave this module."""
     try:
         yield
+    except sqlite3.IntegrityError as exc:
+        raise LedgerError(
+            f"{path}: {exc}; a policy is recorded once, after it was asked, with finite numbers"
+        ) from exc
     except sqlite3.OperationalError as exc:
         if "disk" in str(exc) and "malformed" not in str(exc):
             raise BackendError(f"{path}: {exc}; free some space and resume") from exc
+        if "readonly" in str(exc):
+            raise LedgerError(f"{path} was opened for reading only") from exc
         raise LedgerCorrupt(f"{path} cannot be used as a ledger: {exc}") from exc
     except sqlite3.DatabaseError as exc:
         raise LedgerCorrupt(
             f"{path} is damaged or is not a ledger ({exc}); restore it from a copy, or launch anew "
             "with another --out"
+        ) from exc
+
+
+@contextlib.contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Turns a row that does not hold what it should into a sentence about the file."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as exc:
+        raise LedgerCorrupt(
+            f"{path} is damaged ({exc}); restore it from a copy, or launch anew with another --out"
         ) from exc
 
 
@@ -159,9 +185,19 @@ class Ledger:
 
     @classmethod
     def create(cls, run: Path, meta: Mapping[str, Any]) -> Self:
-        """Makes a ledger in a directory that has none, open for writing."""
+        """Makes a ledger in a directory that has none, open for writing.
+
+        Raises:
+            RunExists: There is one already.
+            LedgerLocked: Another process is about to make one.
+        """
         lock = RunLock(run)
         path = run / _FILE
+        if path.exists():
+            lock.release()
+            raise RunExists(f"{run} is a run already; `evosearch resume {run}`, or another --out")
+        for leftover in ("-wal", "-shm"):
+            (run / f"{_FILE}{leftover}").unlink(missing_ok=True)
         scratch = run / f"{_FILE}.{os.getpid()}.tmp"
         with _translated(path):
             # Complete before it has its name: a kill in between leaves no half-made ledger.
@@ -173,7 +209,9 @@ class Ledger:
                 db.executemany("INSERT INTO meta VALUES (?, ?)", rows)
                 db.commit()
             scratch.replace(path)
-            return cls(path, cls._connect(path, write=True), lock)
+            connection = cls._connect(path, write=True)
+            cls._prepare_writing(connection)
+            return cls(path, connection, lock)
 
     @classmethod
     def open(cls, run: Path, *, write: bool = False) -> Self:
@@ -192,7 +230,13 @@ class Ledger:
         try:
             with _translated(path):
                 connection = cls._connect(path, write=write)
-                cls._check(path, connection)
+                try:
+                    cls._check(path, connection)
+                    if write:
+                        cls._prepare_writing(connection)
+                except BaseException:
+                    connection.close()
+                    raise
         except BaseException:
             if lock:
                 lock.release()
@@ -205,11 +249,13 @@ class Ledger:
         connection = sqlite3.connect(
             f"{path.resolve().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=30
         )
-        if write:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
         return connection
+
+    @staticmethod
+    def _prepare_writing(connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
 
     @staticmethod
     def _check(path: Path, connection: sqlite3.Connection) -> None:
@@ -224,7 +270,8 @@ class Ledger:
             )
         (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
-            raise LedgerCorrupt(f"{path} is damaged ({verdict}); restore it from a copy")
+            first = str(verdict).splitlines()[0]
+            raise LedgerCorrupt(f"{path} is damaged ({first}); restore it from a copy")
 
     def close(self) -> None:
         """Closes the file and gives the lock back."""
@@ -244,10 +291,12 @@ class Ledger:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                # A full disk has rolled back already.
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def _rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with _translated(self.path):
@@ -258,7 +307,8 @@ class Ledger:
         rows = self._rows("SELECT value FROM meta WHERE key = ?", (key,))
         if not rows:
             raise KeyError(key)
-        return json.loads(rows[0][0])
+        with _decoding(self.path):
+            return json.loads(rows[0][0])
 
     def set_meta(self, key: str, value: Any) -> None:
         """Sets a fact about the run."""
@@ -326,16 +376,17 @@ class Ledger:
             "SELECT digest, policy, status, metrics, seconds, reason FROM measurements "
             "JOIN policies USING (digest) ORDER BY landed"
         )
-        return {
-            digest: Measurement(
-                policy=Policy.from_json(policy),
-                status=Status(status),
-                metrics=json.loads(metrics),
-                seconds=seconds,
-                reason=reason,
-            )
-            for digest, policy, status, metrics, seconds, reason in rows
-        }
+        with _decoding(self.path):
+            return {
+                digest: Measurement(
+                    policy=Policy.from_json(policy),
+                    status=Status(status),
+                    metrics=json.loads(metrics),
+                    seconds=seconds,
+                    reason=reason,
+                )
+                for digest, policy, status, metrics, seconds, reason in rows
+            }
 
     def entries(self, track: str) -> list[Entry]:
         """Distinct policies asked on a track, in the order of their first ask."""
@@ -345,15 +396,16 @@ class Ledger:
             "FROM asks JOIN policies USING (digest) WHERE track = ? GROUP BY digest ORDER BY first",
             (track,),
         )
-        return [
-            Entry(
-                policy=Policy.from_json(policy),
-                macs=macs,
-                params=params,
-                measurement=known.get(digest),
-            )
-            for digest, policy, macs, params, _ in rows
-        ]
+        with _decoding(self.path):
+            return [
+                Entry(
+                    policy=Policy.from_json(policy),
+                    macs=macs,
+                    params=params,
+                    measurement=known.get(digest),
+                )
+                for digest, policy, macs, params, _ in rows
+            ]
 
     def population(self, generation: int | None = None) -> list[Member]:
         """The population after a generation (the last one if None), in the algorithm's order."""
@@ -364,10 +416,11 @@ class Ledger:
             "WHERE generation = ? ORDER BY position",
             (generation,),
         )
-        return [
-            Member(policy=Policy.from_json(policy), rank=rank, crowding=crowding)
-            for policy, rank, crowding in rows
-        ]
+        with _decoding(self.path):
+            return [
+                Member(policy=Policy.from_json(policy), rank=rank, crowding=crowding)
+                for policy, rank, crowding in rows
+            ]
 
     def progress(self, track: str) -> dict[str, Any]:
         """Counts for `status`: measurements by status, generations, seconds."""

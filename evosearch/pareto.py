@@ -55,9 +55,13 @@ def front_mask(objectives: FloatArray, violations: FloatArray | None = None) -> 
         return mask
     import moocore
 
-    # Sweeps the unique points, so that duplicates cannot hide each other.
-    unique, inverse = np.unique(objectives[rows], axis=0, return_inverse=True)
-    kept = np.asarray(moocore.is_nondominated(unique), dtype=np.bool_)
+    # Places instead of values: domination is the same, and moocore never sees an infinity. Unique
+    # points, so that duplicates cannot hide each other.
+    places = np.stack(
+        [np.unique(column, return_inverse=True)[1].ravel() for column in objectives[rows].T], axis=1
+    )
+    unique, inverse = np.unique(places, axis=0, return_inverse=True)
+    kept = np.asarray(moocore.is_nondominated(unique.astype(np.float64)), dtype=np.bool_)
     mask[rows] = kept[inverse.ravel()]
     return mask
 

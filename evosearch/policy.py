@@ -24,7 +24,7 @@ class Policy:
     keep: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not all(isinstance(count, int) for count in self.keep):
+        if not all(type(count) is int for count in self.keep):  # True is an int, but no count
             raise PolicyError(f"a policy keeps whole channels, got {self.keep}")
         empty = [group for group, count in enumerate(self.keep) if count < 1]
         if empty:

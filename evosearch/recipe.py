@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -26,6 +26,7 @@ __all__ = [
     "Recipe",
     "RunRecipe",
     "SearchRecipe",
+    "check_recipe",
     "explain",
     "load_recipe",
     "recipe_path",
@@ -33,12 +34,13 @@ __all__ = [
 ]
 
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
 
 class _Table(BaseModel):
     # Strict: a number given as text or a 1 given for true is a mistake, not a wish.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class NetworkRecipe(_Table):
@@ -83,7 +85,7 @@ class DataRecipe(_Table):
     """Images for batch norm and Gram matrices, from the training part."""
     validation: Count = 2000
     """Images that metrics are measured on, from the held-out part."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of both choices."""
 
 
@@ -100,7 +102,7 @@ class SearchRecipe(_Table):
     """Genomes per generation."""
     evaluations: Count = 1000
     """Distinct policies to measure; duplicates and unaffordable ones are free."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the search."""
     seed_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the first population that uniform ratios may fill."""
@@ -189,10 +191,11 @@ def _known_keys(model: type[BaseModel], location: Iterable[int | str]) -> list[s
     """Keys of the table in which an error happened."""
     for part in location:
         field = model.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        options = [field.annotation, *get_args(field.annotation)] if field else []
+        tables = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if not tables:
             break
-        model = inner
+        model = tables[0]
     return list(model.model_fields)
 
 
@@ -287,9 +290,10 @@ def _absolute_paths(data: dict[str, Any], folder: Path) -> None:
 
 def _from(folder: Path, value: str) -> str:
     path = Path(value).expanduser()
-    beside = folder.absolute() / path
+    file = Path(value.rpartition(":")[0] or value) if ".py:" in value else path
+    beside = (folder.absolute() / file.expanduser()).exists()
     # What is not beside the recipe was typed on the command line: relative to where that runs.
-    return str(beside if Path(str(beside).partition(":")[0]).exists() else path.absolute())
+    return str((folder.absolute() if beside else Path.cwd()) / path)
 
 
 def load_recipe(

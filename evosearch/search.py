@@ -24,8 +24,9 @@ __all__ = ["BASELINE", "SEARCH", "Outcome", "Scoring", "Search"]
 
 SEARCH, BASELINE = "search", "baseline"
 
-# A failed candidate loses to every other one, however far that is from feasible.
-_FAILED_VIOLATION = 1e3
+# A failed candidate loses to every other one, however far that is from feasible: what others
+# violate is capped far below.
+_FAILED_VIOLATION, _MAX_VIOLATION = 1e9, 1e6
 # So many asks in a row without a new policy mean that the space has no more to give.
 _STALLED_ASKS = 200
 
@@ -198,7 +199,8 @@ class Search:
             metrics = measurement.metrics if measurement else {}
             failed = _FAILED_VIOLATION if measurement and not measurement.ok else 0.0
             objectives.append(goals.vector({**worst, **shares, **metrics}))
-            violations.append([*goals.violations({**shares, **metrics}), failed])
+            excess = np.minimum(goals.violations({**shares, **metrics}), _MAX_VIOLATION)
+            violations.append([*excess, failed])
         return np.array(objectives), np.array(violations)
 
     def _remember_population(self, generation: int) -> None:

@@ -17,7 +17,7 @@ from evosearch.errors import ConfigError
 from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
 
-__all__ = ["SearchSpace", "SpaceFactory", "known_spaces", "make_space"]
+__all__ = ["SearchSpace", "SpaceFactory", "known_spaces", "make_space", "unique_rows"]
 
 FloatArray = NDArray[np.float64]
 

@@ -25,7 +25,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class ProjectOnto(BaseModel):
     """A budget that every policy spends."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     macs: Share | None = None
     """Share of the dense network's MACs."""
@@ -42,9 +42,9 @@ class ProjectOnto(BaseModel):
 class LayerSparsityOptions(BaseModel):
     """The `[space]` table of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    sparsity: tuple[Share, Share] = (0.0, 0.9)
+    sparsity: Annotated[tuple[Share, Share], Field(strict=False)] = (0.0, 0.9)
     """Smallest and largest share of a group's channels that may be removed."""
     round_to: Annotated[int, Field(ge=1)] = 1
     """Kept channels are multiples of this (or all channels of the group)."""
@@ -108,9 +108,9 @@ class LayerSparsity:
         if self._low == 0:
             inside = np.union1d(inside, [channels])
         if not len(inside):
-            # No multiple lies within the bounds: the nearest width that exists.
-            nearest = max(1, min(channels, round((fewest + most) / 2 / step) * step))
-            inside = np.array([nearest])
+            # None lies within the bounds: the nearest width that there is.
+            possible = np.union1d(multiples, [channels])
+            inside = possible[[np.argmin(np.abs(possible - (fewest + most) / 2))]]
         return inside.astype(np.int64)
 
     @property
@@ -153,9 +153,15 @@ class LayerSparsity:
         """Genomes of uniform ratios in van der Corput order: ends first, then ever finer halves."""
         # Rounding leaves few distinct uniform policies; twice as many tries as channels find all.
         tries = 2 * int(self._table.channels.max()) + 2
-        values = np.array([0.0, 1.0, *(_van_der_corput(k) for k in range(1, tries))])
-        genomes = np.repeat(values[:, None], self.n_genes, axis=1)
-        return genomes[unique_rows(self.decode(genomes))][:n]
+        values = [0.0, 1.0, *(_van_der_corput(k) for k in range(1, tries))]
+        found = np.empty((0, self.n_genes))
+        for start in range(0, tries, max(2 * n, 8)):
+            if len(found) >= n:
+                break
+            more = np.array(values[start : start + max(2 * n, 8)])[:, None]
+            found = np.concatenate([found, np.repeat(more, self.n_genes, axis=1)])
+            found = found[unique_rows(self.decode(found))]
+        return found[:n]
 
     def cheapest(self) -> Policy:
         """The fewest channels that the bounds allow."""
@@ -181,7 +187,8 @@ class LayerSparsity:
         which = 0 if target.macs is not None else 1
         share = target.macs if target.macs is not None else target.params
         assert share is not None  # noqa: S101  validated to be one of the two
-        return which, share * self._table.dense_costs[which]
+        # A share that names a policy's cost exactly must not lose it to rounding.
+        return which, share * self._table.dense_costs[which] * (1 + 1e-9)
 
     def _check_budget(self) -> None:
         if self.options.project_onto is None:
@@ -193,7 +200,7 @@ class LayerSparsity:
             int(self._table.costs_of([policy])[which][0])
             for policy in (self.cheapest(), self.dearest())
         )
-        if not lowest <= limit <= highest:
+        if not lowest <= limit <= highest * (1 + 2e-9):
             raise BudgetUnreachable(
                 f"space.project_onto.{name} = {limit / dense:.4g} is out of reach: within the "
                 f"sparsity bounds it can be {lowest / dense:.4f} to {highest / dense:.4f} of dense"
@@ -209,7 +216,7 @@ class LayerSparsity:
             return self._round(np.minimum(wanted * factor[:, None], self._table.channels))
 
         # Factors are searched on a logarithmic scale, as wide as the floor above makes sense.
-        low, high = np.full(len(wanted), np.log(1e-3)), np.full(len(wanted), np.log(1e3))
+        low, high = np.full(len(wanted), np.log(1e-9)), np.full(len(wanted), np.log(1e3))
         for _ in range(40):
             middle = (low + high) / 2
             fits = self._table.costs(rounded(np.exp(middle)))[which] <= limit

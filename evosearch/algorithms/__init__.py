@@ -65,8 +65,8 @@ def _options(entry: Entry, given: Mapping[str, Any], name: str) -> Any:
             raise ConfigError(
                 f"search.options.{key}: unknown for {name}; it has {', '.join(known) or 'none'}"
             )
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise ConfigError(f"search.options.{key} must be a number >= 0, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"search.options.{key} must be a number, got {value!r}")
     return entry.options(**given) if entry.options else None
 
 
@@ -99,15 +99,24 @@ def _evolution(
 
 
 def _random(
-    settings: AlgorithmSettings, space: SearchSpace, _m: int, _k: int, seeds: FloatArray
+    settings: AlgorithmSettings,
+    space: SearchSpace,
+    n_objectives: int,
+    n_constraints: int,
+    seeds: FloatArray,
 ) -> Algorithm:
-    return RandomSearch(_initial(settings, space, seeds), settings.seed)
+    initial = _initial(settings, space, seeds)
+    return RandomSearch(initial, settings.seed, n_objectives, n_constraints)
 
 
 def _uniform(
-    settings: AlgorithmSettings, space: SearchSpace, _m: int, _k: int, _seeds: FloatArray
+    settings: AlgorithmSettings,
+    space: SearchSpace,
+    n_objectives: int,
+    n_constraints: int,
+    _seeds: FloatArray,
 ) -> Algorithm:
-    return FixedSequence(space.ladder(10**6), settings.population)
+    return FixedSequence(space.ladder(10**6), settings.population, n_objectives, n_constraints)
 
 
 ALGORITHMS: dict[str, Entry] = {

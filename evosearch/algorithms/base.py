@@ -37,6 +37,20 @@ class Population:
             crowding[rows] = crowding_distance(self.objectives[rows])
         return rank, crowding
 
+    def joined(self, other: "Population") -> "Population":
+        """Both, this one first."""
+        return Population(
+            np.concatenate([self.genomes, other.genomes]),
+            np.concatenate([self.objectives, other.objectives]),
+            np.concatenate([self.violations, other.violations]),
+        )
+
+    def best(self, n: int) -> "Population":
+        """The n members of lowest rank, the least crowded first within a rank."""
+        rank, crowding = self.ranks_and_crowding()
+        rows = np.lexsort((-crowding, rank))[:n]
+        return Population(self.genomes[rows], self.objectives[rows], self.violations[rows])
+
 
 class Algorithm(Protocol):
     """Asks and is told, in turns.
@@ -69,29 +83,36 @@ class Algorithm(Protocol):
 
 
 class AskTellGuard:
-    """Keeps asks and tells in turn, and checks what is told."""
+    """Keeps asks and tells in turn, and checks what is told.
 
-    def __init__(self) -> None:
-        self.asked: FloatArray | None = None
+    Args:
+        n_objectives: Columns of objectives.
+        n_constraints: Columns of violations.
+    """
+
+    def __init__(self, n_objectives: int, n_constraints: int) -> None:
+        self._n_objectives = n_objectives
+        self._n_constraints = n_constraints
+        self._asked: FloatArray | None = None
 
     def ask(self, genomes: FloatArray) -> FloatArray:
-        """Notes what is asked for."""
-        self.asked = genomes
-        return genomes
+        """Notes what is asked for, and returns a copy that the caller may keep."""
+        self._asked = genomes
+        return genomes.copy()
 
     def before_ask(self) -> None:
         """Refuses an ask while another is open."""
-        if self.asked is not None:
+        if self._asked is not None:
             raise RuntimeError("ask() called twice without tell()")
 
     def tell(self, objectives: FloatArray, violations: FloatArray) -> FloatArray:
         """Checks the answer and returns the genomes it belongs to."""
-        if self.asked is None:
+        if self._asked is None:
             raise RuntimeError("tell() called without ask()")
-        asked = self.asked
-        check_shape(objectives, "objectives", (len(asked), "n_objectives"))
-        check_shape(violations, "violations", (len(asked), "n_constraints"))
+        asked = self._asked
+        check_shape(objectives, "objectives", (len(asked), self._n_objectives))
+        check_shape(violations, "violations", (len(asked), self._n_constraints))
         check_finite(objectives, "objectives")
         check_finite(violations, "violations")
-        self.asked = None
+        self._asked = None
         return asked

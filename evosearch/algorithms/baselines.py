@@ -10,38 +10,43 @@ __all__ = ["FixedSequence", "RandomSearch"]
 FloatArray = NDArray[np.float64]
 
 
-class _Archive:
-    """Remembers everything it was told; that is the population."""
+class _Survivors:
+    """Keeps the best of what it was told, by rank and crowding; nothing learns from them."""
 
-    def __init__(self) -> None:
-        self._guard = AskTellGuard()
-        self._told: list[tuple[FloatArray, FloatArray, FloatArray]] = []
+    def __init__(self, size: int, n_objectives: int, n_constraints: int) -> None:
+        self._guard = AskTellGuard(n_objectives, n_constraints)
+        self._size = size
+        self._kept: Population | None = None
 
     def tell(self, objectives: FloatArray, violations: FloatArray) -> None:
         """Results of all genomes of the last ask."""
         genomes = self._guard.tell(objectives, violations)
-        self._told.append((genomes, objectives, violations))
+        told = Population(genomes.copy(), objectives.copy(), violations.copy())
+        self._kept = (self._kept.joined(told) if self._kept else told).best(self._size)
 
     @property
     def population(self) -> Population:
-        """All genomes so far."""
-        genomes, objectives, violations = (
-            np.concatenate(part) for part in zip(*self._told, strict=True)
-        )
-        return Population(genomes, objectives, violations)
+        """The best genomes so far, as many as are asked at a time."""
+        if self._kept is None:
+            raise RuntimeError("there is no population before the first tell()")
+        return self._kept
 
 
-class RandomSearch(_Archive):
+class RandomSearch(_Survivors):
     """Uniformly random genomes, after the first population.
 
     Args:
         initial: `(n, n_genes)` asked first; also says how many are asked at a time.
         seed: Of the choice.
+        n_objectives: Numbers it will be told per genome.
+        n_constraints: Likewise.
     """
 
-    def __init__(self, initial: FloatArray, seed: int) -> None:
-        super().__init__()
-        self._next = initial
+    def __init__(
+        self, initial: FloatArray, seed: int, n_objectives: int, n_constraints: int
+    ) -> None:
+        super().__init__(len(initial), n_objectives, n_constraints)
+        self._next = initial.copy()
         self._rng = np.random.default_rng(seed)
 
     def ask(self) -> FloatArray:
@@ -51,16 +56,20 @@ class RandomSearch(_Archive):
         return self._guard.ask(genomes)
 
 
-class FixedSequence(_Archive):
+class FixedSequence(_Survivors):
     """Given genomes in their order, a few at a time, then nothing: the ladder of uniform ratios.
 
     Args:
         genomes: `(n, n_genes)`.
         at_once: How many per ask.
+        n_objectives: Numbers it will be told per genome.
+        n_constraints: Likewise.
     """
 
-    def __init__(self, genomes: FloatArray, at_once: int) -> None:
-        super().__init__()
+    def __init__(
+        self, genomes: FloatArray, at_once: int, n_objectives: int, n_constraints: int
+    ) -> None:
+        super().__init__(at_once, n_objectives, n_constraints)
         self._parts = [genomes[i : i + at_once] for i in range(0, len(genomes), at_once)]
 
     def ask(self) -> FloatArray | None:

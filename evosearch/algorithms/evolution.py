@@ -24,10 +24,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evosearch.algorithms.base import AskTellGuard, Population
+from evosearch.errors import ConfigError
 
 __all__ = ["DifferentialOptions", "Evolution", "GeneticOptions", "de", "gde3", "nsde", "nsga2"]
 
 FloatArray = NDArray[np.float64]
+
+
+def _check_range(
+    name: str, value: float, low: float, high: float, *, open_below: bool = False
+) -> None:
+    if not (low < value if open_below else low <= value) or not value <= high:
+        bracket = "(" if open_below else "["
+        raise ConfigError(f"search.options.{name} must lie in {bracket}{low}, {high}], got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +51,10 @@ class DifferentialOptions:
     f: float = 0.5
     cr: float = 0.9
 
+    def __post_init__(self) -> None:
+        _check_range("f", self.f, 0, 2, open_below=True)
+        _check_range("cr", self.cr, 0, 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GeneticOptions:
@@ -55,6 +68,11 @@ class GeneticOptions:
     crossover_eta: float = 15.0
     crossover_probability: float = 0.9
     mutation_eta: float = 20.0
+
+    def __post_init__(self) -> None:
+        _check_range("crossover_eta", self.crossover_eta, 0, 1000)
+        _check_range("crossover_probability", self.crossover_probability, 0, 1)
+        _check_range("mutation_eta", self.mutation_eta, 0, 1000)
 
 
 def de(initial: FloatArray, options: DifferentialOptions) -> Any:
@@ -130,7 +148,7 @@ class Evolution:
         self._algorithm = make(initial)
         self._algorithm.termination = NoTermination()
         self._algorithm.setup(problem, seed=seed, termination=NoTermination())
-        self._guard = AskTellGuard()
+        self._guard = AskTellGuard(n_objectives, n_constraints)
         self._asked: Any = None
 
     def ask(self) -> FloatArray | None:
@@ -156,6 +174,8 @@ class Evolution:
     def population(self) -> Population:
         """The survivors."""
         members = self._algorithm.pop
+        if members is None:
+            raise RuntimeError("there is no population before the first tell()")
         return Population(
             np.clip(np.asarray(members.get("X"), dtype=np.float64), 0.0, 1.0),
             np.asarray(members.get("F"), dtype=np.float64),

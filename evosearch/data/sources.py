@@ -7,6 +7,7 @@ trained on; what a search validates with) and `test` (opened by a final report o
 import functools
 import json
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -144,7 +145,7 @@ class _Files:
                             image.convert("RGB"), (width, height), Image.Resampling.BILINEAR
                         )
                     )
-            except OSError as exc:
+            except (OSError, SyntaxError) as exc:  # Pillow raises both for broken files
                 raise DataError(f"{self.paths[index]} is not a readable image: {exc}") from exc
         return Images(pixels, self.labels[indices])
 
@@ -162,7 +163,7 @@ def _read_npz(path: Path) -> Images:
             pixels, labels = archive["images"], archive["labels"]
     except FileNotFoundError as exc:
         raise DataError(f"data file {path} does not exist") from exc
-    except (OSError, ValueError, zipfile.BadZipFile) as exc:
+    except (OSError, ValueError, EOFError, TypeError, zlib.error, zipfile.BadZipFile) as exc:
         if isinstance(exc, DataError):
             raise
         raise DataError(f"{path} is not a readable .npz file: {exc}") from exc
@@ -194,7 +195,7 @@ def _torchvision(class_name: str, options: SourceOptions) -> DataSource:
                 data = getattr(datasets, class_name)(
                     options.root, train=train, download=options.download
                 )
-            except (RuntimeError, OSError, EOFError) as exc:
+            except (RuntimeError, OSError, EOFError, ValueError) as exc:
                 hint = (
                     "remove what is there and try again"
                     if options.download
@@ -212,26 +213,31 @@ def _torchvision(class_name: str, options: SourceOptions) -> DataSource:
 
 
 def _image_folder(options: SourceOptions) -> DataSource:
-    def reader(part: str) -> Callable[[], ImagePool]:
-        def read() -> ImagePool:
-            from torchvision.datasets import ImageFolder
+    def read(part: str) -> ImagePool:
+        from torchvision.datasets import ImageFolder
+        from torchvision.datasets.folder import find_classes
 
-            folder = options.root / part
-            if not folder.is_dir():
+        folder = options.root / part
+        for wanted in (folder, options.root / "train"):
+            if not wanted.is_dir():
                 raise DataError(
-                    f"image folder {folder} does not exist; wanted {options.root}/train/CLASS/* "
+                    f"image folder {wanted} does not exist; wanted {options.root}/train/CLASS/* "
                     f"and {options.root}/test/CLASS/*"
                 )
-            try:
-                samples = ImageFolder(str(folder)).samples
-            except FileNotFoundError as exc:
-                raise DataError(f"image folder {folder}: {exc}") from exc
-            labels = np.array([label for _, label in samples], dtype=np.int64)
-            return _Files([path for path, _ in samples], labels, options.image_size)
+        try:
+            # Classes are numbered by the training part, also where the test part lacks some.
+            classes, _ = find_classes(str(options.root / "train"))
+            found = ImageFolder(str(folder), allow_empty=part == "test")
+        except FileNotFoundError as exc:
+            raise DataError(f"image folder {folder}: {exc}") from exc
+        unknown = sorted(set(found.classes) - set(classes))
+        if unknown:
+            raise DataError(f"image folder {folder} has classes that train has not: {unknown[0]}")
+        labels = [classes.index(found.classes[label]) for _, label in found.samples]
+        paths = [path for path, _ in found.samples]
+        return _Files(paths, np.array(labels, dtype=np.int64), options.image_size)
 
-        return read
-
-    return _Partitioned(reader("train"), reader("test"), False, options)
+    return _Partitioned(lambda: read("train"), lambda: read("test"), False, options)
 
 
 DATASETS: dict[str, tuple[str, Callable[[SourceOptions], DataSource]]] = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -47,17 +48,17 @@ MNIST = InputSpec(shape=(1, 28, 28), mean=(0.0,), std=(256 / 255,))
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltIn:
-    """A named architecture: how to make it for a number of classes, and what it eats."""
+    """A named architecture: how to make it for `num_classes`, and what it takes."""
 
     title: str
-    make: Callable[[int], nn.Module]
+    make: Callable[..., nn.Module]
     input: InputSpec
 
 
 def _resnet(depth: int) -> BuiltIn:
     return BuiltIn(
         title=f"ResNet-{depth} for 32x32 images, basic blocks, parameter-free shortcuts",
-        make=lambda num_classes: CifarResNet(depth, num_classes),
+        make=partial(CifarResNet, depth),
         input=CIFAR,
     )
 
@@ -65,7 +66,7 @@ def _resnet(depth: int) -> BuiltIn:
 def _vgg(depth: int) -> BuiltIn:
     return BuiltIn(
         title=f"VGG-{depth} with batch norm for 32x32 images",
-        make=lambda num_classes: CifarVgg(depth, num_classes),
+        make=partial(CifarVgg, depth),
         input=CIFAR,
     )
 

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -104,7 +105,7 @@ def _own_factory(name: str) -> Callable[..., nn.Module]:
         raise NetworkError(f"network {name!r}: file {path} does not exist")
     try:
         module = _import_file(path) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as exc:  # a user's file may raise anything while it is imported
+    except (Exception, SystemExit) as exc:  # a user's file may do anything while it is imported
         raise NetworkError(f"network {name!r}: importing {place} failed with {exc!r}") from exc
     factory = getattr(module, attribute, None)
     if not callable(factory):
@@ -129,6 +130,13 @@ def is_own(name: str) -> bool:
     return ":" in name and not name.startswith("torchvision:")
 
 
+def _takes_num_classes(factory: Callable[..., Any]) -> bool:
+    try:
+        return "num_classes" in inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # some callables of C have no signature
+        return False
+
+
 def build_module(spec: NetworkSpec) -> tuple[nn.Module, InputSpec]:
     """Makes the network with random weights, and says what input it has by default.
 
@@ -142,11 +150,11 @@ def build_module(spec: NetworkSpec) -> tuple[nn.Module, InputSpec]:
                 f"network.arguments: built-in {spec.name!r} takes none, got "
                 f"{', '.join(spec.arguments)}"
             )
-        return entry.make(spec.num_classes), entry.input
+        return _call(spec.name, entry.make, {"num_classes": spec.num_classes}), entry.input
     if is_own(spec.name):
         factory = _own_factory(spec.name)
         arguments = dict(spec.arguments)
-        if "num_classes" in inspect.signature(factory).parameters:
+        if _takes_num_classes(factory):
             arguments.setdefault("num_classes", spec.num_classes)
         return _call(spec.name, factory, arguments), IMAGENET
     found = _torchvision_factory(spec.name.removeprefix("torchvision:"))
@@ -162,16 +170,43 @@ def build_module(spec: NetworkSpec) -> tuple[nn.Module, InputSpec]:
 _INPUT_FIELDS = ("shape", "mean", "std", "crop_padding", "flip")
 
 
-def _settled_input(spec: NetworkSpec, metadata: Mapping[str, str], default: InputSpec) -> InputSpec:
-    """What the spec says, else the metadata of the weights, else the catalogue."""
-    told = {key: json.loads(metadata[key]) for key in _INPUT_FIELDS if key in metadata}
-    told |= {
-        key: value
-        for key in _INPUT_FIELDS
-        if (value := getattr(spec, "input_shape" if key == "shape" else key)) is not None
+def _told_by_metadata(metadata: Mapping[str, str], origin: str) -> dict[str, Any]:
+    """What a weights file says about the input, checked for its form."""
+    told: dict[str, Any] = {}
+    for key in _INPUT_FIELDS:
+        if key not in metadata:
+            continue
+        try:
+            value = json.loads(metadata[key])
+        except ValueError:
+            value = None
+        numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
+        wanted = {
+            "shape": numbers and len(value) == 3 and all(type(v) is int and v > 0 for v in value),
+            "mean": numbers,
+            "std": numbers,
+            "crop_padding": type(value) is int and value >= 0,
+            "flip": type(value) is bool,
+        }
+        if not wanted[key]:
+            raise NetworkError(
+                f"{origin}: its metadata says {key} = {metadata[key][:40]!r}, which cannot be; "
+                f"set network.{'input_shape' if key == 'shape' else key} in the recipe and remove "
+                "the metadata"
+            )
+        told[key] = tuple(value) if isinstance(value, list) else value
+    return told
+
+
+def _told_by_spec(spec: NetworkSpec) -> dict[str, Any]:
+    told = {
+        "shape": spec.input_shape,
+        "mean": spec.mean,
+        "std": spec.std,
+        "crop_padding": spec.crop_padding,
+        "flip": spec.flip,
     }
-    settled: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
-    return replace(default, **settled)
+    return {key: value for key, value in told.items() if value is not None}
 
 
 def load_network(spec: NetworkSpec, image_shape: tuple[int, int, int] | None = None) -> Network:
@@ -193,18 +228,19 @@ def load_network(spec: NetworkSpec, image_shape: tuple[int, int, int] | None = N
     if image_shape is not None and is_own(spec.name):
         height, width, channels = image_shape
         default = replace(default, shape=(channels, height, width))
-    metadata: Mapping[str, str] = {}
+    told: dict[str, Any] = {}
     if spec.weights is not None:
         path = weights_path(spec.weights)
         state, metadata = read_weights(path)
         load_into(module, state, str(path))
-    input_spec = _settled_input(spec, metadata, default)
+        told = _told_by_metadata(metadata, str(path))
+    input_spec = replace(default, **{**told, **_told_by_spec(spec)})
     channels = input_spec.shape[0]
     for key, values in (("mean", input_spec.mean), ("std", input_spec.std)):
         if len(values) != channels:
             raise NetworkError(
                 f"network.{key} needs one number per input channel ({channels}), got {len(values)}"
             )
-    if min(input_spec.std) <= 0:
+    if not all(0 < value < math.inf for value in input_spec.std):
         raise NetworkError(f"network.std must be positive, got {input_spec.std}")
     return Network(spec=spec, module=module.eval(), input=input_spec)

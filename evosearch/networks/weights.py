@@ -3,7 +3,7 @@
 import json
 import os
 import pickle
-import zipfile
+import warnings
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -13,11 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from evosearch.errors import NetworkError
+from evosearch.errors import BackendError, NetworkError
 
 __all__ = ["load_into", "read_weights", "save_weights", "weights_path"]
 
 _SHIPPED = "shipped:"
+_PARALLEL = "module."
 
 
 def weights_path(weights: str) -> Path:
@@ -31,7 +32,8 @@ def weights_path(weights: str) -> Path:
         path = folder / f"{weights.removeprefix(_SHIPPED)}.safetensors"
         if not path.is_file():
             names = sorted(p.stem for p in folder.glob("*.safetensors"))
-            raise NetworkError(f"no shipped weights {weights!r}; there are {', '.join(names)}")
+            known = ", ".join(names) or "none"
+            raise NetworkError(f"no shipped weights {weights!r}; there are {known}")
         return path
     path = Path(weights)
     if not path.is_file():
@@ -42,7 +44,7 @@ def weights_path(weights: str) -> Path:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a state dict and the metadata that came with it.
 
-    A dict under the key `state_dict` or `model` is unwrapped, a `module.` prefix removed.
+    A dict under the key `state_dict` or `model` is unwrapped.
 
     Returns:
         The tensors by name, and the metadata (empty unless the file is safetensors).
@@ -57,20 +59,32 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         except (SafetensorError, OSError) as exc:
             raise NetworkError(f"{path} is not a readable safetensors file: {exc}") from exc
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as exc:
-        raise NetworkError(
-            f"{path} holds more than tensors, and loading it would run its code; "
-            "save network.state_dict() instead of the network"
-        ) from exc
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as exc:
-        raise NetworkError(f"{path} is not a readable state dict: {exc}") from exc
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols in damaged files
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as exc:  # garbage makes the unpickler raise almost anything
+        if isinstance(exc, pickle.UnpicklingError) and "GLOBAL" in str(exc):
+            raise NetworkError(
+                f"{path} holds more than tensors, and loading it would run its code; "
+                "save network.state_dict() instead of the network"
+            ) from exc
+        first = str(exc).split("\n", maxsplit=1)[0]
+        raise NetworkError(f"{path} is not a readable state dict: {first}") from exc
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise NetworkError(f"{path} is not a state dict: wanted tensors by name")
-    return {str(k).removeprefix("module."): v for k, v in content.items()}, {}
+    return {str(k): v for k, v in content.items()}, {}
+
+
+def _without_prefix(
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Removes the `module.` that data-parallel training puts in front, if that helps."""
+    bare = {key.removeprefix(_PARALLEL): value for key, value in state.items()}
+    known = sum(key in expected for key in state)
+    return bare if sum(key in expected for key in bare) > known else dict(state)
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
@@ -80,6 +94,7 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
         NetworkError: Names or shapes differ; names the first few and the origin.
     """
     expected = module.state_dict()
+    state = _without_prefix(expected, state)
     # Counters of batch norm are absent from old files and mean nothing for inference.
     missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
     surplus = [k for k in state if k not in expected]
@@ -105,6 +120,9 @@ def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, object]) 
         path: Ends with `.safetensors`.
         module: Its state dict is written.
         metadata: Values are stored as JSON text.
+
+    Raises:
+        BackendError: The file cannot be written.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -113,5 +131,7 @@ def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, object]) 
         with scratch.open("rb+") as stream:
             os.fsync(stream.fileno())
         scratch.replace(path)
+    except (SafetensorError, OSError, RuntimeError) as exc:
+        raise BackendError(f"cannot write {path}: {exc}") from exc
     finally:
         scratch.unlink(missing_ok=True)

@@ -21,6 +21,8 @@ from evosearch.pruning.statistics import units_of
 
 __all__ = ["Compensator", "fold"]
 
+_LEAST_RIDGE = 1e-9
+
 
 def fold(gram: Tensor, kept: Tensor, removed: Tensor, ridge: float) -> Tensor:
     """Coefficients that predict removed channels from kept ones.
@@ -36,9 +38,10 @@ def fold(gram: Tensor, kept: Tensor, removed: Tensor, ridge: float) -> Tensor:
         `(r, k)` float64, A = G_rk (G_kk + ridge I)^-1.
     """
     block = gram[kept][:, kept]
-    # Never zero, so that a block of dead channels can still be factorised.
-    load = max(ridge * float(block.diagonal().mean()), 1e-12)
-    factor = torch.linalg.cholesky(block + load * torch.eye(len(kept), dtype=block.dtype))
+    # Never zero, so that equal or dead channels can still be factorised.
+    load = max(max(ridge, _LEAST_RIDGE) * float(block.diagonal().mean()), 1e-12)
+    identity = torch.eye(len(kept), dtype=block.dtype, device=block.device)
+    factor = torch.linalg.cholesky(block + load * identity)
     return torch.cholesky_solve(gram[kept][:, removed], factor).T
 
 
@@ -70,7 +73,7 @@ class Compensator:
                 dense[entry.name].weight.detach(),
                 layers[entry.name],
                 # A copy: the array may be a read-only view into shared memory.
-                torch.from_numpy(np.array(grams[entry.name])),
+                torch.from_numpy(np.array(grams[entry.name])).to(dense[entry.name].weight.device),
                 units_of(plan.table.axes[entry.in_axis]),
             )
             for entry in plan.cuts
@@ -88,12 +91,14 @@ class Compensator:
                 kept_units = keep[units.sources]
                 if kept_units.all():
                     continue
-                kept = torch.from_numpy(np.flatnonzero(kept_units))
-                removed = torch.from_numpy(np.flatnonzero(~kept_units))
+                device = weight.device
+                kept = torch.from_numpy(np.flatnonzero(kept_units)).to(device)
+                removed = torch.from_numpy(np.flatnonzero(~kept_units)).to(device)
+                rows = weight
                 if entry.out_axis is not None:
-                    rows = self._axes[entry.out_axis].kept(keep)
-                    weight = weight[torch.from_numpy(rows)]  # noqa: PLW2901
-                matrix = units.matrix(weight)
+                    out = self._axes[entry.out_axis].kept(keep)
+                    rows = weight[torch.from_numpy(out).to(device)]
+                matrix = units.gather(rows)
                 mixing = fold(gram, kept, removed, self._ridge).to(matrix.dtype)
                 n_out, _, rest = matrix.shape
                 gone = matrix[:, removed].transpose(1, 2).reshape(-1, len(removed))
@@ -104,8 +109,9 @@ class Compensator:
     @staticmethod
     def _restore(columns: Tensor, order: NDArray[np.int64], like: Tensor) -> Tensor:
         """Puts `(out, kept units, rest)` back into the shape and index order of a weight."""
-        if like.ndim > 2 or order.shape[1] == 1:
-            return columns.reshape(like.shape)
-        # Indices of kept units, in the order in which they stand in the narrowed weight.
-        position = np.argsort(order.ravel(), kind="stable")
-        return columns.reshape(len(like), -1)[:, torch.from_numpy(position)]
+        if order.shape[1] > 1:
+            # Indices of kept units, in the order in which they stand in the narrowed weight.
+            position = np.argsort(order.ravel(), kind="stable")
+            flat = columns.reshape(len(like), order.size, -1)
+            columns = flat[:, torch.from_numpy(position).to(flat.device)]
+        return columns.reshape(like.shape)

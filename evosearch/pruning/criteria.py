@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from evosearch.errors import ConfigError, NetworkError
 from evosearch.pruning.cutting import CuttingPlan
-from evosearch.pruning.groups import Norm
+from evosearch.pruning.proposals import Norm
 from evosearch.pruning.statistics import units_of
 from evosearch.pruning.table import Group
 
@@ -121,12 +121,15 @@ def residual_energy(view: GroupView) -> Tensor:
     summed over the consumers, goes first.
 
     Returns:
-        `(n_channels,)` the step at which each channel was removed: 0 is the least important.
+        `(n_channels,)` the step at which each channel was removed: 0 is the least important. NaN
+        if weights or moments are not finite.
     """
     states = []
     for consumer in view.consumers:
         assert consumer.gram is not None  # noqa: S101  channel_order provides what is needed
         size = len(consumer.gram)
+        if not (torch.isfinite(consumer.gram).all() and torch.isfinite(consumer.weight).all()):
+            return torch.full((view.group.channels,), torch.nan)
         load = max(1e-4 * float(consumer.gram.diagonal().mean()), 1e-12)
         inverse = torch.linalg.inv(consumer.gram + load * torch.eye(size, dtype=torch.float64))
         columns = consumer.columns
@@ -140,7 +143,10 @@ def residual_energy(view: GroupView) -> Tensor:
             ((weight**2).sum(dim=0) / inverse.diagonal() for weight, inverse in states),
             torch.zeros(n, dtype=torch.float64),
         )
-        j = int(energy.masked_fill(gone, torch.inf).argmin())
+        if not torch.isfinite(energy[~gone]).all():
+            return torch.full((n,), torch.nan)
+        # Of equals the last goes first, as for all criteria.
+        j = n - 1 - int(energy.masked_fill(gone, torch.inf).flip(0).argmin())
         step[j] = removed
         gone[j] = True
         for weight, inverse in states:
@@ -202,7 +208,7 @@ def _views(
             units = units_of(table.axes[in_axis])
             weight = layers[name].weight.detach().double()
             gram = None if grams is None else torch.from_numpy(np.array(grams[name]))
-            consumers.append(Consumer(units.matrix(weight), gram, places(units.sources)))
+            consumers.append(Consumer(units.gather(weight), gram, places(units.sources)))
         views.append(GroupView(group, tuple(producers), tuple(scales), tuple(consumers)))
     return views
 
@@ -232,6 +238,8 @@ def channel_order(
     """
     if criterion not in CRITERIA:
         raise ConfigError(f"no criterion {criterion!r}; there are {', '.join(CRITERIA)}")
+    if CRITERIA[criterion].needs_grams and grams is None:
+        raise ConfigError(f"criterion {criterion} needs Gram matrices")
     places = np.empty(int(plan.table.channels.sum()), dtype=np.int64)
     views = _views(module, plan, grams)
     for view, offset in zip(views, plan.table.offsets, strict=True):

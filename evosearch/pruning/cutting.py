@@ -73,26 +73,30 @@ class Cutter:
         self.network = copy.deepcopy(source) if target is None else target
         dense = dict(source.named_modules())
         self._layers = dict(self.network.named_modules())
+        self._device = next(source.parameters()).device
         self._tensors: list[_Tensor] = []
         cuts = {entry.name: entry for entry in plan.cuts}
         for name, layer in self._layers.items():
             entry = cuts.get(name, LayerCut(name=name, out_axis=None, in_axis=None))
             self._tensors += self._tensors_of(entry, dense[name], layer)
-        self._resized = [self._layers[entry.name] for entry in plan.cuts]
+        # Whether a layer is depthwise shows in the dense network alone: with one channel left it
+        # looks like any other convolution.
+        self._resized = [
+            (self._layers[entry.name], getattr(dense[entry.name], "groups", 1) > 1)
+            for entry in plan.cuts
+        ]
 
     @staticmethod
     def _tensors_of(entry: LayerCut, dense: nn.Module, layer: nn.Module) -> list[_Tensor]:
         found = []
         theirs = {**dict(dense.named_parameters("", False)), **dict(dense.named_buffers("", False))}
         for name, tensor in theirs.items():
-            if tensor.ndim == 0:  # counters of batch norm
-                continue
             reads_input = name == "weight" and tensor.ndim > 1
             found.append(
                 _Tensor(
                     tensor.detach(),
                     getattr(layer, name),
-                    entry.out_axis,
+                    entry.out_axis if tensor.ndim else None,  # counters of batch norm have none
                     entry.in_axis if reads_input else None,
                 )
             )
@@ -107,7 +111,7 @@ class Cutter:
         Args:
             keep: `(n_channels + 1,)` boolean by flat channel number, the last entry True.
         """
-        indices = kept_indices(self.plan.table, keep)
+        indices = kept_indices(self.plan.table, keep, self._device)
         with torch.no_grad():
             for entry in self._tensors:
                 tensor = entry.dense
@@ -118,27 +122,29 @@ class Cutter:
                 if into is not None:
                     tensor = tensor.index_select(1, into)
                 entry.ours.data = tensor.clone() if tensor is entry.dense else tensor
-            for layer in self._resized:
-                _resize(layer)
+            for layer, depthwise in self._resized:
+                _resize(layer, depthwise)
         return self.network
 
 
-def kept_indices(table: GroupTable, keep: BoolArray) -> list[Tensor | None]:
+def kept_indices(
+    table: GroupTable, keep: BoolArray, device: torch.device | str = "cpu"
+) -> list[Tensor | None]:
     """Per axis the kept indices, int64; None where the axis stays whole."""
     chosen: list[Tensor | None] = []
     for axis in table.axes:
         kept = axis.kept(keep)
-        chosen.append(None if len(kept) == axis.size else torch.from_numpy(kept))
+        chosen.append(None if len(kept) == axis.size else torch.from_numpy(kept).to(device))
     return chosen
 
 
-def _resize(layer: nn.Module) -> None:
+def _resize(layer: nn.Module, depthwise: bool) -> None:
     """Makes the attributes that state a layer's widths agree with its tensors."""
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
     elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         layer.out_channels = layer.weight.shape[0]
-        if layer.groups > 1:  # depthwise: other grouped convolutions are never cut
+        if depthwise:  # other grouped convolutions are never cut
             layer.groups = layer.in_channels = layer.out_channels
         else:
             layer.in_channels = layer.weight.shape[1]

@@ -18,8 +18,9 @@ __all__ = ["Units", "gram_matrices", "units_of"]
 class Units:
     """How the input indices of a consumer fall into channels.
 
-    A convolution has one input index per channel; a linear layer behind a flatten has one per
-    channel and position. A unit is one channel with all its indices.
+    Most layers have one input index per channel; a linear layer behind a flatten has one per
+    channel and position, a layer that reads a channel twice has two. A unit is one channel with
+    all its indices.
 
     Args:
         order: `(n_units, multiplicity)` input indices, one row per unit.
@@ -29,11 +30,12 @@ class Units:
     order: NDArray[np.int64]
     sources: NDArray[np.int64]
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        """A weight `(out, in, ...)` as `(out, n_units, rest)`, whatever the layer."""
-        flat = weight.flatten(2) if weight.ndim > 2 else weight.unsqueeze(2)
-        picked = flat[:, torch.from_numpy(self.order.ravel())]
-        return picked.reshape(len(weight), len(self.order), -1)
+    def gather(self, tensor: Tensor) -> Tensor:
+        """A weight or an input `(n, indices, ...)` as `(n, n_units, rest)`."""
+        flat = tensor.flatten(2) if tensor.ndim > 2 else tensor.unsqueeze(2)
+        if self.order.shape[1] > 1:
+            flat = flat[:, torch.from_numpy(self.order.ravel()).to(tensor.device)]
+        return flat.reshape(len(tensor), len(self.order), -1)
 
 
 def units_of(axis: Axis) -> Units:
@@ -53,13 +55,14 @@ class _GramHook:
         self.total = torch.zeros(len(units.sources), len(units.sources), dtype=torch.float64)
         self.positions = 0
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].detach()
+    def __call__(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> None:
+        x = next(iter((*inputs, *named.values()))).detach()
         if isinstance(module, nn.Linear):
-            x = x.reshape(-1, x.shape[-1])[:, torch.from_numpy(self.units.order.ravel())]
-            x = x.reshape(len(x), len(self.units.order), -1)
-        channels = x.flatten(2).transpose(0, 1).flatten(1)
-        self.total += (channels @ channels.T).double()
+            x = x.reshape(-1, x.shape[-1])
+        channels = self.units.gather(x).transpose(0, 1).flatten(1)
+        self.total += (channels @ channels.T).double().cpu()
         self.positions += channels.shape[1]
 
 
@@ -83,7 +86,9 @@ def gram_matrices(
         if entry.in_axis is None:
             continue
         hooks[entry.name] = _GramHook(units_of(plan.table.axes[entry.in_axis]))
-        handles.append(layers[entry.name].register_forward_pre_hook(hooks[entry.name]))
+        handles.append(
+            layers[entry.name].register_forward_pre_hook(hooks[entry.name], with_kwargs=True)
+        )
     try:
         with torch.inference_mode():
             for batch in batches:

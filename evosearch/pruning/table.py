@@ -127,7 +127,7 @@ class GroupTable:
     @cached_property
     def offsets(self) -> IntArray:
         """`(n_groups,)` flat number of each group's first channel."""
-        return np.concatenate([[0], np.cumsum(self.channels)[:-1]]).astype(np.int64)
+        return np.asarray(np.cumsum(self.channels) - self.channels, dtype=np.int64)
 
     @cached_property
     def group_of(self) -> IntArray:

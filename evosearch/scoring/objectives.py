@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from evosearch.errors import BudgetUnreachable, ConfigError
 from evosearch.measurement import METRICS
 
-__all__ = ["COSTS", "Constraint", "Goals", "reference_point"]
+__all__ = ["COSTS", "Constraint", "Goals", "check_name", "reference_point", "worst_metrics"]
 
 COSTS: dict[str, str] = {
     "macs": "multiply-accumulates, as a share of the dense network's",

@@ -6,12 +6,14 @@ Both give bit-identical measurements on one machine; where scoring runs is a det
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from evosearch.errors import BackendError
+from evosearch.errors import BackendError, ConfigError
 from evosearch.measurement import Measurement, Status
 from evosearch.policy import Policy
 from evosearch.scoring.scorer import Scorer
@@ -23,6 +25,7 @@ Record = Callable[[Measurement], None]
 Stop = Callable[[], bool]
 
 _START_TIMEOUT_S = 300.0
+_ANSWER_TIMEOUT_S = 5.0
 _POLL_S = 0.5
 
 
@@ -116,6 +119,9 @@ class RayPool:
     """
 
     def __init__(self, workload: Workload, settings: PoolSettings) -> None:
+        _quieten_ray()
+        if settings.ray_address is not None:
+            _prepare_joining(settings.ray_address)
         import ray
 
         self._settings = settings
@@ -219,10 +225,41 @@ class RayPool:
             self._ray.shutdown()
 
 
-def _start_cluster(ray: Any, workload: Workload, settings: PoolSettings) -> None:
-    # Quiet: workers' own chatter is of no use to somebody who searches.
+def _quieten_ray() -> None:
+    """Ray's own chatter is of no use to somebody who searches; read when Ray is imported."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+
+
+def _prepare_joining(address: str) -> None:
+    """Finds out in seconds whether a cluster answers, and shows it this user's token.
+
+    Ray itself tries an address that does not answer for many minutes. A cluster started where a
+    token exists asks for it, but a driver offers it only if told to.
+
+    Raises:
+        ConfigError: The address is not host:port or auto.
+        BackendError: Nothing answers there.
+    """
+    default_token = Path.home() / ".ray" / "auth_token"
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or default_token.exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"run.ray_address must read host:port or auto, got {address!r}")
+    try:
+        with socket.create_connection((host, int(port)), timeout=_ANSWER_TIMEOUT_S):
+            return
+    except OSError as exc:
+        raise BackendError(
+            f"no Ray cluster answers at {address} ({exc.strerror or exc}); start one there with "
+            "`ray start --head`, or leave run.ray_address out"
+        ) from exc
+
+
+def _start_cluster(ray: Any, workload: Workload, settings: PoolSettings) -> None:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if settings.ray_address is not None:
         ray.init(address=settings.ray_address, **common)

@@ -20,6 +20,15 @@ from evosearch.scoring.workload import Workload, batches, logits, single_thread
 __all__ = ["Scorer"]
 
 
+_MAX_REASON = 300
+
+
+def _out_of_memory(exc: BaseException) -> bool:
+    # On a CPU torch says so in words only.
+    said = isinstance(exc, RuntimeError) and "allocate memory" in str(exc)
+    return said or isinstance(exc, MemoryError | torch.OutOfMemoryError)
+
+
 class Scorer:
     """Holds a network, its images and its statistics; measures policies.
 
@@ -76,18 +85,20 @@ class Scorer:
         Only batch norm is in training mode meanwhile, so dropout stays off.
         """
         before = [norm.momentum for norm in self._norms]
-        for norm in self._norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
         images = self._workload.calibration
-        logits(
-            self._cutter.network,
-            batches(self._network, images, self._batch_size, at_least=True),
-        )
-        for norm, momentum in zip(self._norms, before, strict=True):
-            norm.eval()
-            norm.momentum = momentum
+        try:
+            for norm in self._norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            logits(
+                self._cutter.network,
+                batches(self._network, images, self._batch_size, at_least=True),
+            )
+        finally:
+            for norm, momentum in zip(self._norms, before, strict=True):
+                norm.eval()
+                norm.momentum = momentum
 
     def measure(self) -> dict[str, float]:
         """Metrics of the working copy on the validation images."""
@@ -125,9 +136,10 @@ class Scorer:
             )
         except CandidateOutOfMemory as exc:
             status, reason = Status.OUT_OF_MEMORY, str(exc)
-        except Exception:  # noqa: BLE001  the border of a candidate, the only such place
+        except Exception as exc:  # noqa: BLE001  the border of a candidate
             status = Status.FAILED
-            reason = traceback.format_exc(limit=-1).strip().splitlines()[-1]
+            text = " ".join("".join(traceback.format_exception_only(exc)).split())
+            reason = text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}..."
         seconds = time.perf_counter() - start
         return Measurement(policy=policy, status=status, reason=reason, seconds=seconds)
 
@@ -136,7 +148,9 @@ class Scorer:
             with single_thread():
                 self._proxy.prepare(self, self.keep(policy))
                 metrics = self.measure()
-        except (MemoryError, torch.OutOfMemoryError) as exc:
+        except (MemoryError, RuntimeError) as exc:
+            if not _out_of_memory(exc):
+                raise
             raise CandidateOutOfMemory(f"out of memory with batches of {self._batch_size}") from exc
         bad = [name for name, value in metrics.items() if not np.isfinite(value)]
         if bad:

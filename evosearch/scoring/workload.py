@@ -21,7 +21,7 @@ from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.statistics import gram_matrices
 from evosearch.scoring.proxies import ProxySettings, proxy_named
 
-__all__ = ["Workload", "batches", "prepare_workload", "single_thread"]
+__all__ = ["Workload", "batches", "logits", "prepare_workload", "single_thread"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,7 +132,7 @@ def prepare_workload(
     return Workload(
         spec=replace(network.spec, weights=None),
         input=network.input,
-        state={k: v.detach().cpu().numpy() for k, v in network.module.state_dict().items()},
+        state={k: v.detach().cpu().numpy().copy() for k, v in network.module.state_dict().items()},
         plan=plan,
         settings=settings,
         calibration=calibration,

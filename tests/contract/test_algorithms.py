@@ -12,8 +12,6 @@ from evosearch.pruning.groups import trace
 from evosearch.space import SearchSpace, make_space
 from evosearch.testing import AlgorithmContract
 
-KEEPS_REFERENCES = ("random", "uniform")
-
 
 @cache
 def space() -> SearchSpace:
@@ -30,14 +28,11 @@ def build(name: str, population: int, seed: int = 1, constraints: int = 2) -> Al
 @pytest.mark.parametrize("name", ALGORITHMS)
 class TestAlgorithms(AlgorithmContract):
     @pytest.fixture(autouse=True)
-    def _choose(self, name: str, request: pytest.FixtureRequest) -> None:
+    def _choose(self, name: str) -> None:
         self.name = name
         self.n_genes = space().n_genes
         self.n_objectives = 1 if ALGORITHMS[name].single_objective else 2
         self.seeded = name != "uniform"
-        if name in KEEPS_REFERENCES and "keeps_copies" in request.node.name:
-            reason = "_Archive.tell stores the caller's arrays (algorithms/baselines.py)"
-            request.node.add_marker(pytest.mark.xfail(reason=reason))
 
     def make(self, seed: int) -> Algorithm:
         return build(self.name, 8, seed, self.n_constraints)
@@ -102,7 +97,7 @@ def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
 @pytest.mark.parametrize("value", [True, "0.9", -0.1, None])
 def test_an_option_that_is_no_number_is_refused(value: object) -> None:
     settings = AlgorithmSettings(name="gde3", population=8, seed=1, options={"cr": value})
-    with pytest.raises(ConfigError, match=r"search\.options\.cr must be a number >= 0"):
+    with pytest.raises(ConfigError, match=r"search\.options\.cr must (be a number|lie in)"):
         make_algorithm(settings, space(), 2, 1)
 
 

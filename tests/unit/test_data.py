@@ -427,14 +427,12 @@ def test_file_that_is_no_npz_is_named(tmp_path: Path, content: bytes) -> None:
         open_source(f"{tmp_path}/d.npz").training()
 
 
-@pytest.mark.xfail(raises=EOFError, reason="bug: numpy's EOFError is not translated")
 def test_empty_file_is_no_npz(tmp_path: Path) -> None:
     (tmp_path / "d.npz").touch()
     with pytest.raises(DataError, match=r"d.npz is not a readable .npz file"):
         open_source(f"{tmp_path}/d.npz").training()
 
 
-@pytest.mark.xfail(raises=TypeError, reason="bug: np.load gives a bare array for an .npy file")
 def test_npy_file_of_another_name_is_no_npz(tmp_path: Path) -> None:
     np.save(tmp_path / "d.npy", images()["images"])
     (tmp_path / "d.npy").rename(tmp_path / "d.npz")
@@ -442,7 +440,6 @@ def test_npy_file_of_another_name_is_no_npz(tmp_path: Path) -> None:
         open_source(f"{tmp_path}/d.npz").training()
 
 
-@pytest.mark.xfail(reason="bug: zlib.error and EOFError of a damaged archive are not translated")
 def test_damaged_compressed_npz_is_named(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "d.npz", **images(200))
     content = bytearray((tmp_path / "d.npz").read_bytes())
@@ -554,7 +551,6 @@ def test_truncated_image_is_named_when_it_is_read(folder: Path) -> None:
         pool.take(np.array([0]))
 
 
-@pytest.mark.xfail(raises=SyntaxError, reason="bug: Pillow's SyntaxError is not translated")
 def test_damaged_png_is_named_when_it_is_read(folder: Path) -> None:
     path = folder / "train" / "ant" / "0.png"
     Image.fromarray(images(1, 256)["images"][0]).save(path)
@@ -567,7 +563,6 @@ def test_damaged_png_is_named_when_it_is_read(folder: Path) -> None:
         pool.take(np.array([0]))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: each part numbers its classes by itself")
 def test_class_missing_from_the_test_part_does_not_shift_the_others(folder: Path) -> None:
     (folder / "test" / "bee").rename(folder / "bee")
     test = folder_source(folder).test()

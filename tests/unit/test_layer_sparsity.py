@@ -94,7 +94,6 @@ def test_kept_channels_are_multiples_or_all(
     assert ((keep % step == 0) | (keep == table.channels)).all()
 
 
-@pytest.mark.xfail(reason="max(1, 0 * step) keeps one channel (layer_sparsity.py, _admissible)")
 @pytest.mark.parametrize("sparsity", [(0.9, 0.95), (0.5, 0.9)])
 def test_kept_channels_are_multiples_or_all_when_no_multiple_is_in_bounds(
     sparsity: tuple[float, float],
@@ -144,7 +143,7 @@ def test_projected_policy_stays_within_the_budget(
     ((kind, share),) = options["project_onto"].items()
     which = KINDS.index(kind)
     costs = table.costs(keep_of(space, data.draw(genomes_of(space))))[which]
-    assert (costs <= share * table.dense_costs[which]).all()
+    assert (costs <= share * table.dense_costs[which] + 1e-6).all()
 
 
 @some
@@ -179,7 +178,6 @@ def one_step_wider(
     return found
 
 
-@pytest.mark.xfail(reason="a factor of 1e-3 does not reach one channel of 4096 (_project)")
 def test_wide_groups_stay_within_a_tiny_budget() -> None:
     table = chain_table([4096, 4096])
     space = LayerSparsity(table, {"sparsity": [0.0, 1.0], "project_onto": {"params": 1e-6}})
@@ -291,13 +289,11 @@ def test_wrong_option_is_refused_by_its_name(options: dict[str, Any], sentence: 
         LayerSparsity(chain_table(), options)
 
 
-@pytest.mark.xfail(reason="_known_keys does not look into `ProjectOnto | None` (recipe.py)")
 def test_unknown_budget_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'macs'|known are macs, params"):
         LayerSparsity(chain_table(), {"project_onto": {"mac": 0.5}})
 
 
-@pytest.mark.xfail(reason="options are not strict, unlike every other table of a recipe")
 @pytest.mark.parametrize("options", [{"round_to": "8"}, {"round_to": True}, {"round_to": 8.0}])
 def test_number_given_as_something_else_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"space\.round_to"):

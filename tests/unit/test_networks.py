@@ -322,7 +322,6 @@ def test_factory_that_returns_no_module_is_refused(own: str) -> None:
         load_network(NetworkSpec(name=f"{own}:text"))
 
 
-@pytest.mark.xfail(raises=ValueError, reason="bug: inspect.signature is outside of any try")
 def test_factory_without_a_signature_is_refused_like_any_other() -> None:
     with pytest.raises(NetworkError, match=r"must return a torch.nn.Module, got dict"):
         load_network(NetworkSpec(name="builtins:dict"))
@@ -404,10 +403,6 @@ def test_damaged_safetensors_file_is_named(tmp_path: Path, content: bytes) -> No
 @pytest.mark.parametrize(
     "metadata", [{"mean": "no json"}, {"mean": "0.5"}, {"std": '["one"]'}, {"shape": "[1]"}]
 )
-@pytest.mark.xfail(
-    raises=(ValueError, TypeError, pytest.fail.Exception),
-    reason="bug: metadata of a weights file is believed unchecked",
-)
 def test_metadata_that_is_no_normalisation_is_refused(
     tmp_path: Path, metadata: Mapping[str, str]
 ) -> None:
@@ -469,7 +464,6 @@ def test_empty_state_dict_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"hello world", b"G" * 50])
-@pytest.mark.xfail(reason="bug: torch.load raises more than UnpicklingError on what is no pickle")
 def test_file_of_another_kind_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "w.pt"
     path.write_bytes(content)
@@ -477,7 +471,6 @@ def test_file_of_another_kind_is_named(tmp_path: Path, content: bytes) -> None:
         read_weights(path)
 
 
-@pytest.mark.xfail(raises=NetworkError, reason="bug: 'module.' is stripped even where it belongs")
 def test_part_of_a_network_may_be_called_module(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
         "from collections import OrderedDict\nfrom torch import nn\n"

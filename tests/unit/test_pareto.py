@@ -105,7 +105,6 @@ def test_front_of_two_objectives_copes_with_nan_and_infinity(objectives: FloatAr
     assert front_mask(objectives).tolist() == slow_front(objectives)
 
 
-@pytest.mark.xfail(reason="moocore drops infinite points from three objectives on (pareto.py:60)")
 def test_front_of_three_objectives_copes_with_infinity() -> None:
     objectives = np.array([[0.0, 3.0, 0.0], [INF, 1.0, 2.0]])
     assert front_mask(objectives).tolist() == [True, True]

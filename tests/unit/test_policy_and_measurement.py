@@ -58,7 +58,6 @@ def test_policy_keeps_whole_python_integers(count: object) -> None:
         Policy((count,))  # type: ignore[arg-type]
 
 
-@pytest.mark.xfail(reason="bool is an int to isinstance (policy.py:28); digests then differ")
 def test_policy_takes_no_booleans() -> None:
     with pytest.raises(PolicyError, match="a policy keeps whole channels"):
         Policy((True, 2))

@@ -18,7 +18,8 @@ from evosearch.errors import NetworkError, PolicyError, SpaceError
 from evosearch.networks import BUILT_IN, InputSpec, Network, NetworkSpec, load_network
 from evosearch.policy import Policy
 from evosearch.pruning.cutting import Cutter, CuttingPlan, kept_indices
-from evosearch.pruning.groups import is_depthwise, trace
+from evosearch.pruning.groups import trace
+from evosearch.pruning.proposals import is_depthwise
 from evosearch.pruning.table import Axis, FixedGroup, Group, GroupTable, LayerCost
 
 Keep = NDArray[np.bool_]
@@ -330,7 +331,6 @@ def test_depthwise_convolution_follows_its_input() -> None:
     )
 
 
-@pytest.mark.xfail(raises=RuntimeError, reason="bug: groups stay 1 once a cut has left one channel")
 def test_depthwise_convolution_of_one_channel_can_be_cut_again() -> None:
     network = load_network(SPECS["mobilenet_v2"])
     plan = trace(network)
@@ -586,7 +586,6 @@ def test_network_that_raises_is_named_with_its_error() -> None:
         trace(own(Chain(broken)))
 
 
-@pytest.mark.xfail(raises=ValueError, reason="bug: an empty table's offsets have length 1")
 @pytest.mark.parametrize(
     ("module", "why"),
     [
@@ -602,13 +601,11 @@ def test_network_in_which_nothing_can_be_pruned_is_refused(module: nn.Module, wh
         trace(own(module))
 
 
-@pytest.mark.xfail(raises=KeyError, reason="bug: transposed convolutions have no position")
 def test_transposed_convolution_is_fixed() -> None:
     up = nn.ConvTranspose2d(8, 8, 2, 2)
     assert "ConvTranspose2d cannot be narrowed" in reasons(traced_own(Chain(up, up=up)))["a"]
 
 
-@pytest.mark.xfail(reason="bug: only three kinds of errors are caught")
 @pytest.mark.parametrize("error", [AssertionError, KeyError, TypeError])
 def test_network_that_checks_its_widths_fixes_them(error: type[Exception]) -> None:
     def check(y: Tensor) -> Tensor:
@@ -620,7 +617,6 @@ def test_network_that_checks_its_widths_fixes_them(error: type[Exception]) -> No
     assert "eight channels were wanted" in reasons(plan)["a"]
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="bug: weights of two layers are counted twice")
 def test_weights_that_two_layers_share_are_counted_once() -> None:
     tied = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 6, 1))
     tied[1].weight = tied[0].weight

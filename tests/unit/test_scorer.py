@@ -347,7 +347,6 @@ def test_failing_step_is_a_failed_measurement_with_its_reason(
     assert not measurement.metrics
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="bug: the last line of a message is kept")
 def test_reason_of_many_lines_still_says_what_kind_of_error_it_was(
     prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,10 +415,7 @@ def memory_error_of_the_cpu() -> RuntimeError:
 MEMORY_ERRORS = [
     MemoryError("no room"),
     torch.OutOfMemoryError("CUDA out of memory"),
-    pytest.param(
-        memory_error_of_the_cpu(),
-        marks=pytest.mark.xfail(reason="bug: out of memory on the CPU is an ordinary failure"),
-    ),
+    memory_error_of_the_cpu(),
 ]
 
 
@@ -458,7 +454,6 @@ def test_failure_leaves_no_trace_in_later_measurements(
     assert same(scorer.score(HALF), Scorer(prepared(name)).score(HALF))
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="bug: recalibrate cleans up without a finally")
 def test_failed_recalibration_restores_the_momentum(prepared: Prepare) -> None:
     scorer = Scorer(prepared("recalibrated"))
     greedy = Greedy(scorer.network_of(ODD), 0, RuntimeError("boom"))
@@ -511,9 +506,6 @@ def test_grams_travel_only_with_proxies_that_need_them(prepared: Prepare) -> Non
     assert prepared("compensated", "l1").grams.keys() == consumers
 
 
-@pytest.mark.xfail(
-    raises=AssertionError, reason="bug: the state is a view of the network's tensors"
-)
 def test_workload_does_not_change_with_the_network_that_it_was_made_of(
     with_dropout: Workload, images: tuple[Images, Images]
 ) -> None:
