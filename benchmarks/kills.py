@@ -61,6 +61,7 @@ class Victim:
 
     @property
     def run(self) -> Path:
+        """The run that is being killed."""
         return self.folder / f"killed-{self.number}"
 
     def _verb(self) -> list[str]:

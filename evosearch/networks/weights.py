@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from evosearch.errors import BackendError, NetworkError
@@ -127,7 +127,8 @@ def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, object]) 
     tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, scratch, {k: json.dumps(v) for k, v in metadata.items()})
+        # Not by safetensors' own writer, which ignores the user's umask.
+        scratch.write_bytes(save(tensors, {k: json.dumps(v) for k, v in metadata.items()}))
         with scratch.open("rb+") as stream:
             os.fsync(stream.fileno())
         scratch.replace(path)

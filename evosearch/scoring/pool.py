@@ -119,7 +119,6 @@ class RayPool:
     """
 
     def __init__(self, workload: Workload, settings: PoolSettings) -> None:
-        _quieten_ray()
         if settings.ray_address is not None:
             _prepare_joining(settings.ray_address)
         import ray
@@ -225,12 +224,6 @@ class RayPool:
             self._ray.shutdown()
 
 
-def _quieten_ray() -> None:
-    """Ray's own chatter is of no use to somebody who searches; read when Ray is imported."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-
-
 def _prepare_joining(address: str) -> None:
     """Finds out in seconds whether a cluster answers, and shows it this user's token.
 
@@ -260,6 +253,7 @@ def _prepare_joining(address: str) -> None:
 
 
 def _start_cluster(ray: Any, workload: Workload, settings: PoolSettings) -> None:
+    # Quiet: workers' own chatter is of no use to somebody who searches.
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if settings.ray_address is not None:
         ray.init(address=settings.ray_address, **common)

@@ -1,5 +1,9 @@
 """Where scoring runs is a detail; what goes wrong there is a measurement."""
 
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,3 +56,30 @@ def test_a_candidate_that_hangs_is_a_measurement_with_a_reason(
     assert hung
     assert {m.status for m in hung} == {Status.TIMEOUT}
     assert all("run.timeout_s" in str(m.reason) for m in hung)
+
+
+def test_an_existing_cluster_can_be_joined(cli: Cli, recipe: Callable[..., str]) -> None:
+    ray = str(Path(sys.executable).with_name("ray"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    start = [ray, "start", "--head", "--port", port, "--num-cpus=2", "--include-dashboard=false"]
+    subprocess.run([*start, "--disable-usage-stats"], check=True, capture_output=True)
+    try:
+        address = f"127.0.0.1:{port}"
+        options = ("--evaluations", "6", "--set", "search.baseline=0", "--workers", "2")
+        cli.run("launch", recipe(), "--out", "joined", "--ray-address", address, *options)
+        # The cluster is not ours: it must be there for the next one, too.
+        cli.run("resume", "joined", "--evaluations", "10", "--ray-address", address)
+    finally:
+        subprocess.run([ray, "stop", "--force"], check=True, capture_output=True)
+    assert len(measured(cli.folder / "joined")) == 10
+
+
+def test_a_cluster_that_does_not_answer_is_named_at_once(
+    cli: Cli, recipe: Callable[..., str]
+) -> None:
+    start = time.monotonic()
+    said = cli.run("launch", recipe(), "--ray-address", "127.0.0.1:9", "--workers", "1", code=1)
+    assert "no Ray cluster answers at 127.0.0.1:9" in said.stderr
+    assert time.monotonic() - start < 60

@@ -1,0 +1,137 @@
+"""What does the quickstart find, beside baselines of the same budget, and does it hold on test?
+
+The quickstart's recipe with three seeds and several algorithms, each with the same number of
+evaluations: NSGA-II and GDE3 as shipped (half of the first population are uniform ratios), random
+search without such seeds, and the ladder of uniform ratios. Hypervolume on the validation images
+that the search saw, and on the 2,000 test images of the sample, which nothing but this report
+opens: there, every policy of the validation front is measured again. Mean and range over seeds.
+
+    python benchmarks/quickstart.py [--evaluations 120] [--seeds 3]
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from common import parser, show, write
+
+from evosearch.assembly import assemble
+from evosearch.data import open_source
+from evosearch.ledger import Ledger
+from evosearch.measurement import Measurement
+from evosearch.pareto import hypervolume
+from evosearch.policy import Policy
+from evosearch.recipe import Recipe, load_recipe
+from evosearch.results.front import Results, read_results
+from evosearch.run import launch
+from evosearch.scoring.pool import PoolSettings, make_pool
+from evosearch.scoring.workload import prepare_workload
+
+METHODS = {
+    "nsga2": {"search.algorithm": "nsga2"},
+    "gde3": {"search.algorithm": "gde3"},
+    "random, unseeded": {"search.algorithm": "random", "search.seed_share": 0.0},
+    "uniform": {"search.algorithm": "uniform"},
+}
+
+
+class Silent:
+    """Watches and says nothing."""
+
+    def phase(self, text: str) -> None:
+        """A new phase has begun."""
+
+    def landed(self, track: str, measurement: Measurement, count: int, budget: int) -> None:
+        """A measurement landed."""
+
+
+def on_test(recipe: Recipe, results: list[Results], workers: int) -> dict[Policy, float]:
+    """Error on the test images of every policy on any front."""
+    assembled = assemble(recipe)
+    network = assembled.workload.network()
+    workload = prepare_workload(
+        network,
+        assembled.workload.plan,
+        assembled.workload.settings,
+        assembled.workload.calibration,
+        open_source("cifar10-sample").test().take(np.arange(2000)),
+    )
+    policies = sorted({row.policy for r in results for row in r.front}, key=lambda p: p.digest)
+    errors: dict[Policy, float] = {}
+
+    def record(measurement: Measurement) -> None:
+        errors[measurement.policy] = measurement.metrics["error"]
+
+    pool = make_pool(workload, PoolSettings(workers=workers))
+    pool.score(policies, record, lambda: False)
+    pool.close()
+    return errors
+
+
+def test_hypervolume(results: Results, errors: dict[Policy, float]) -> float:
+    points = [(errors[row.policy], row.values["macs"]) for row in results.front]
+    return hypervolume(np.array(points), results.reference)
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--evaluations", type=int, default=120)
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--workers", type=int, default=2)
+    options = made.parse_args()
+    found: dict[str, list[tuple[Results, float]]] = {}
+    recipe = None
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(options.seeds):
+            for name, changes in METHODS.items():
+                if name == "uniform" and seed:
+                    continue  # it has no seed
+                overrides = {
+                    **changes,
+                    "search.seed": seed,
+                    "search.evaluations": options.evaluations,
+                    "search.baseline": 0,
+                    "run.workers": options.workers,
+                }
+                recipe = load_recipe("quickstart", (), overrides)
+                start = time.perf_counter()
+                run = Path(folder) / f"{name}-{seed}"
+                launch(recipe, run, Silent())
+                seconds = time.perf_counter() - start
+                with Ledger.open(run) as ledger:
+                    results = read_results(ledger)
+                found.setdefault(name, []).append((results, seconds))
+                print(f"{name}, seed {seed}: {results.hypervolume():.4f} in {seconds:.0f} s")
+    assert recipe is not None  # noqa: S101  there is at least one seed
+    errors = on_test(recipe, [r for runs in found.values() for r, _ in runs], options.workers)
+    rows, records = [], []
+    for name, runs in found.items():
+        seen = [r.hypervolume() for r, _ in runs]
+        test = [test_hypervolume(r, errors) for r, _ in runs]
+        evaluations = [len(r.rows) for r, _ in runs]
+        seconds = [s for _, s in runs]
+        cells = [
+            f"{np.mean(v):.4f} ({min(v):.4f} to {max(v):.4f})" if len(v) > 1 else f"{v[0]:.4f}"
+            for v in (seen, test)
+        ]
+        rows.append([name, max(evaluations), *cells, f"{np.mean(seconds):.0f}"])
+        records.append(
+            {
+                "method": name,
+                "evaluations": evaluations,
+                "validation_hypervolume": seen,
+                "test_hypervolume": test,
+                "seconds": seconds,
+            }
+        )
+    show(
+        f"Quickstart, {options.evaluations} evaluations, {options.seeds} seeds: mean (range)",
+        ["method", "policies", "hypervolume, validation", "hypervolume, test", "seconds"],
+        rows,
+    )
+    write("quickstart", options.json, {"seeds": options.seeds, "rows": records})
+
+
+if __name__ == "__main__":
+    main()
