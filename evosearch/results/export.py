@@ -9,13 +9,16 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evosearch.errors import BackendError, ConfigError
 from evosearch.ledger import Member
 from evosearch.measurement import METRICS
 from evosearch.policy import Policy
 from evosearch.results.front import Results, Row
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "Records",
@@ -36,6 +39,8 @@ class Records:
 
 
 _VALUES = (*METRICS, "macs", "params")
+_TEXT = ("policy", "status", "reason")
+_NUMBERS = (*_VALUES, "violation", "seconds", "crowding")
 
 
 def _policy_columns(results: Results) -> tuple[str, ...]:
@@ -140,18 +145,21 @@ def _write_json(records: Records, path: Path) -> None:
     path.write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
 
 
-def _write_csv(records: Records, path: Path) -> None:
+def _frame(records: Records) -> "pd.DataFrame":
     import pandas as pd
 
     frame = pd.DataFrame.from_records(list(records.rows), columns=list(records.columns))
-    frame.to_csv(path, index=False, lineterminator="\n")
+    # A column that happens to be empty in this run keeps the type it has in others.
+    types = {**dict.fromkeys(_TEXT, "str"), **dict.fromkeys(_NUMBERS, "float64")}
+    return frame.astype({name: kind for name, kind in types.items() if name in frame})
+
+
+def _write_csv(records: Records, path: Path) -> None:
+    _frame(records).to_csv(path, index=False, lineterminator="\n")
 
 
 def _write_parquet(records: Records, path: Path) -> None:
-    import pandas as pd
-
-    frame = pd.DataFrame.from_records(list(records.rows), columns=list(records.columns))
-    frame.to_parquet(path, index=False)
+    _frame(records).to_parquet(path, index=False)
 
 
 _WRITERS: dict[str, Callable[[Records, Path], None]] = {
