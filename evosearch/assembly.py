@@ -28,7 +28,7 @@ from evosearch.recipe import DataRecipe, NetworkRecipe, Recipe
 from evosearch.scoring.objectives import Constraint, Goals, worst_metrics
 from evosearch.scoring.pool import PoolSettings
 from evosearch.scoring.proxies import ProxySettings
-from evosearch.scoring.workload import Workload, prepare_workload
+from evosearch.scoring.workload import Workload, prepare_workload, settled_precision
 from evosearch.space import SearchSpace, make_space
 
 __all__ = [
@@ -134,7 +134,7 @@ class Assembled:
     """The objects of a recipe.
 
     Args:
-        recipe: What they were made from.
+        recipe: What they were made from, nothing left to be settled.
         space: What genomes mean.
         goals: What is minimised.
         workload: What scorers need.
@@ -200,6 +200,7 @@ def assemble(recipe: Recipe) -> Assembled:
     goals.check_reachable(lowest, highest)
     # Made here once to refuse a wrong algorithm before anything is measured.
     algorithm_of(recipe, space, goals, None)
+    recipe = _settled(recipe)
     proxy = recipe.proxy
     workload = prepare_workload(
         network,
@@ -209,12 +210,21 @@ def assemble(recipe: Recipe) -> Assembled:
             criterion=proxy.criterion,
             recalibrate=proxy.recalibrate,
             ridge=proxy.ridge,
+            recalibration_images=proxy.recalibration_images,
+            precision=proxy.precision,
             batch_size=proxy.batch_size,
         ),
         calibration,
         validation,
     )
     return Assembled(recipe=recipe, space=space, goals=goals, workload=workload)
+
+
+def _settled(recipe: Recipe) -> Recipe:
+    """The recipe with `auto` replaced by what this machine has, so that a run never changes it."""
+    precision = settled_precision(recipe.proxy.precision, gpu=recipe.run.gpus_per_worker > 0)
+    proxy = recipe.proxy.model_copy(update={"precision": precision})
+    return recipe.model_copy(update={"proxy": proxy})
 
 
 def algorithm_of(

@@ -27,6 +27,8 @@ class Profile:
         candidate: One measured policy, in the middle of the space.
         macs: That policy's share of MACs.
         predicted_seconds: Of the whole search.
+        precision: Of forward passes, as settled for this machine.
+        rounding: Divergence that it brings to the dense network, in nats.
     """
 
     groups: tuple[Group, ...]
@@ -38,6 +40,8 @@ class Profile:
     candidate: Measurement
     macs: float
     predicted_seconds: float
+    precision: str
+    rounding: float
 
 
 def profile(recipe: Recipe) -> Profile:
@@ -69,6 +73,8 @@ def profile(recipe: Recipe) -> Profile:
         candidate=candidate,
         macs=shares[2][0],
         predicted_seconds=seconds,
+        precision=assembled.recipe.proxy.precision,
+        rounding=assembled.workload.rounding,
     )
 
 
@@ -96,6 +102,9 @@ def profile_lines(recipe: Recipe, found: Profile) -> list[str]:
     ]
     constraints = ", ".join(recipe.search.constraints) or "none"
     lines.append(f"constraints {constraints} (satisfiable)")
+    lines.append(
+        f"precision   {found.precision} (divergence by rounding alone {found.rounding:.5f})"
+    )
     candidate = found.candidate
     told = f"{candidate.status}: {candidate.reason}"
     if candidate.ok:

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -123,6 +123,10 @@ class ProxyRecipe(_Table):
     """Whether `compensated` re-estimates batch norm after folding."""
     ridge: Annotated[float, Field(ge=0)] = 1e-4
     """Load on the Gram matrix, as a share of its mean diagonal."""
+    recalibration_images: Count | None = None
+    """The first so many calibration images recalibrate; all of them if left out."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of forward passes; auto is bfloat16 where the hardware has it, and settled at launch."""
     batch_size: Count = 128
     """Images per forward pass."""
 

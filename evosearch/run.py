@@ -139,7 +139,7 @@ def launch(
         "state": "running",
     }
     with Ledger.create(directory, facts) as ledger:
-        text = recipe.to_toml()
+        text = assembled.recipe.to_toml()
         write_atomically(directory / "recipe.toml", lambda scratch: scratch.write_text(text))
         return _drive(assembled, ledger, directory, observer)
 

@@ -32,6 +32,8 @@ class ProxySettings:
         criterion: Which channels go first; a name from the criteria.
         recalibrate: Whether `compensated` re-estimates batch norm after folding.
         ridge: Load on the Gram matrix when folding, as a share of its mean diagonal.
+        recalibration_images: The first so many calibration images recalibrate; None for all.
+        precision: `float32`, or `bfloat16` for the forward passes.
         batch_size: Images per forward pass; recalibration uses at least this many at once.
     """
 
@@ -39,6 +41,8 @@ class ProxySettings:
     criterion: str
     recalibrate: bool = True
     ridge: float = 1e-4
+    recalibration_images: int | None = None
+    precision: str = "float32"
     batch_size: int = 128
 
 

@@ -2,25 +2,31 @@
 
 import time
 import traceback
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evosearch.data import Images
 from evosearch.errors import CandidateOutOfMemory
 from evosearch.measurement import Measurement, Status
 from evosearch.policy import Policy
 from evosearch.pruning.compensation import Compensator
 from evosearch.pruning.cutting import Cutter
+from evosearch.pruning.folding import FastCopy, Layout
+from evosearch.pruning.proposals import Norm
 from evosearch.scoring.proxies import proxy_named
-from evosearch.scoring.workload import Workload, batches, logits, single_thread
+from evosearch.scoring.workload import DTYPES, Workload, batches, logits, single_thread
 
 __all__ = ["Scorer"]
 
 
 _MAX_REASON = 300
+# Normalised images beyond this size are made anew for every policy.
+_MAX_KEPT_BYTES = 1 << 28
 
 
 def _out_of_memory(exc: BaseException) -> bool:
@@ -46,21 +52,30 @@ class Scorer:
         self._table = workload.plan.table
         self._network = workload.network()
         dense = self._network.module.to(device)
+        self._device = device
         self._cutter = Cutter(workload.plan, dense)
         self._compensator = None
         if workload.grams:
             self._compensator = Compensator(
                 workload.plan, dense, self._cutter.network, workload.grams, self.settings.ridge
             )
+        dtype = DTYPES[self.settings.precision]
+        # The working copy is exact, to be cut, folded and exported; forward passes run on copies
+        # of it that are made for speed.
+        self._measured = FastCopy(dense, workload.layout, dtype)
+        self._recalibrated = FastCopy(dense, Layout(head=workload.layout.head), dtype)
         self._norms = [
             layer
-            for layer in self._cutter.network.modules()
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats
+            for layer in self._recalibrated.module.modules()
+            if isinstance(layer, Norm) and layer.track_running_stats
         ]
+        for norm in self._norms:
+            norm.momentum = None  # a plain average
         self._proxy = proxy_named(self.settings.name)
         self._dense_logits = torch.from_numpy(np.array(workload.dense_logits))
         self._labels = torch.from_numpy(np.array(workload.validation.labels))
         self._batch_size = self.settings.batch_size
+        self._kept_inputs: dict[tuple[str, int], list[Tensor]] = {}
 
     def keep(self, policy: Policy) -> NDArray[np.bool_]:
         """Which channels a policy keeps: `(n_channels + 1,)` by flat number, the last one True."""
@@ -84,28 +99,37 @@ class Scorer:
 
         Only batch norm is in training mode meanwhile, so dropout stays off.
         """
-        before = [norm.momentum for norm in self._norms]
+        if not self._norms:
+            return
         images = self._workload.calibration
-        try:
-            for norm in self._norms:
-                norm.reset_running_stats()
-                norm.momentum = None
-                norm.train()
-            logits(
-                self._cutter.network,
-                batches(self._network, images, self._batch_size, at_least=True),
-            )
-        finally:
-            for norm, momentum in zip(self._norms, before, strict=True):
-                norm.eval()
-                norm.momentum = momentum
+        if self.settings.recalibration_images is not None:
+            images = images.take(np.arange(min(self.settings.recalibration_images, len(images))))
+        fast = self._recalibrated
+        fast.update(self._cutter.network)
+        for norm in self._norms:
+            norm.reset_running_stats()
+            norm.train()
+        logits(fast.module, self._inputs("calibration", images, at_least=True), fast.dtype)
+        fast.give_statistics(self._cutter.network)
+
+    def _inputs(self, part: str, images: Images, *, at_least: bool = False) -> Iterable[Tensor]:
+        """Normalised batches, kept for the next policy unless they are too large for that."""
+        parts = batches(self._network, images, self._batch_size, at_least=at_least)
+        # As float32.
+        if images.pixels.nbytes * 4 > _MAX_KEPT_BYTES:
+            return parts
+        key = (part, self._batch_size)
+        if key not in self._kept_inputs:
+            dtype, device = self._measured.dtype, self._device
+            self._kept_inputs[key] = [batch.to(device, dtype) for batch in parts]
+        return self._kept_inputs[key]
 
     def measure(self) -> dict[str, float]:
         """Metrics of the working copy on the validation images."""
-        images = self._workload.validation
-        outputs = logits(
-            self._cutter.network, batches(self._network, images, self._batch_size)
-        ).double()
+        fast = self._measured
+        fast.update(self._cutter.network)
+        inputs = self._inputs("validation", self._workload.validation)
+        outputs = logits(fast.module, inputs, fast.dtype).double()
         log_p = F.log_softmax(outputs, dim=1)
         log_dense = F.log_softmax(self._dense_logits.double(), dim=1)
         return {

@@ -5,23 +5,39 @@ Channel order, Gram matrices and the dense network's outputs are computed here, 
 workers cut and compare alike, whatever machine they run on.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from evosearch.data import Images
 from evosearch.errors import NetworkError
 from evosearch.networks import InputSpec, Network, NetworkSpec, build_module
 from evosearch.pruning.criteria import CRITERIA, channel_order
 from evosearch.pruning.cutting import CuttingPlan
+from evosearch.pruning.folding import FastCopy, Layout, layout_of
 from evosearch.pruning.statistics import gram_matrices
 from evosearch.scoring.proxies import ProxySettings, proxy_named
 
-__all__ = ["Workload", "batches", "logits", "prepare_workload", "single_thread"]
+__all__ = [
+    "DTYPES",
+    "Workload",
+    "batches",
+    "logits",
+    "prepare_workload",
+    "settled_precision",
+    "single_thread",
+]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Flags of processors that multiply in bfloat16 rather than pretend to.
+_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+# Far more than rounding does to a sound network, far less than a cut does.
+_MAX_ROUNDING = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,9 +52,11 @@ class Workload:
         settings: The proxy.
         calibration: Images for statistics.
         validation: Images that metrics are measured on.
+        layout: Which norms can be folded, and which layer is the last.
         places: `(n_channels,)` place of each flat channel in its group's order, 0 = kept longest.
         grams: Second moments by consumer; empty if the proxy does without.
         dense_logits: `(n_validation, n_classes)` float32 outputs of the dense network.
+        rounding: Mean divergence that the precision alone brings to the dense network, in nats.
     """
 
     spec: NetworkSpec
@@ -48,9 +66,11 @@ class Workload:
     settings: ProxySettings
     calibration: Images
     validation: Images
+    layout: Layout
     places: NDArray[np.int64]
     grams: Mapping[str, NDArray[np.float64]]
     dense_logits: NDArray[np.float32]
+    rounding: float = 0.0
 
     def network(self) -> Network:
         """The dense network, made anew from its description and its tensors."""
@@ -90,10 +110,65 @@ def batches(
 
 
 @torch.inference_mode()
-def logits(module: nn.Module, inputs: Iterator[Tensor]) -> Tensor:
-    """`(n, n_classes)` float32 outputs of a network in evaluation mode, on the CPU."""
+def logits(
+    module: nn.Module, inputs: Iterable[Tensor], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`(n, n_classes)` float32 outputs of a network in evaluation mode, on the CPU.
+
+    Args:
+        module: Says by its tensors on which device it runs.
+        inputs: Normalised batches.
+        dtype: What the network takes.
+    """
     device = next(module.parameters()).device
-    return torch.cat([module(batch.to(device)).float().cpu() for batch in inputs])
+    return torch.cat([module(batch.to(device, dtype)).float() for batch in inputs]).cpu()
+
+
+def settled_precision(wish: str, *, gpu: bool = False) -> str:
+    """`auto` becomes `bfloat16` where the hardware computes in it, `float32` elsewhere."""
+    if wish != "auto":
+        return wish
+    if gpu:
+        return (
+            "bfloat16"
+            if torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            else "float32"
+        )
+    # Older versions of torch do not tell.
+    flags: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if any(flags.get(flag) for flag in _BFLOAT16_FLAGS) else "float32"
+
+
+def _dense_logits(network: Network, layout: Layout, precision: str, images: list[Tensor]) -> Tensor:
+    fast = FastCopy(network.module, layout, DTYPES[precision])
+    fast.update(network.module)
+    return logits(fast.module, images, fast.dtype)
+
+
+def _check_rounding(
+    network: Network, layout: Layout, precision: str, images: list[Tensor], exact: Tensor
+) -> float:
+    """Mean divergence that the precision alone brings to the dense network.
+
+    Raises:
+        NetworkError: The network does not bear it.
+    """
+    way_out = f"{network.spec.name} does not bear proxy.precision = {precision!r}"
+    try:
+        rounded = _dense_logits(network, layout, precision, images)
+    except (RuntimeError, TypeError) as exc:
+        first = str(exc).strip().splitlines()[0]
+        raise NetworkError(f"{way_out} ({first}); set it to 'float32'") from exc
+    found = divergence(exact, rounded)
+    if not found <= _MAX_ROUNDING:
+        raise NetworkError(f"{way_out} (divergence {found:.2g} uncut); set it to 'float32'")
+    return found
+
+
+def divergence(wanted: Tensor, outputs: Tensor) -> float:
+    """Mean KL divergence of the classes' probabilities, in nats, from `(n, n_classes)` logits."""
+    log_p, log_q = (F.log_softmax(t.double(), dim=1) for t in (wanted, outputs))
+    return float((log_p.exp() * (log_p - log_q)).sum(1).mean())
 
 
 def prepare_workload(
@@ -107,13 +182,16 @@ def prepare_workload(
 
     Raises:
         ConfigError: The proxy or the criterion is unknown.
-        NetworkError: The criterion does not apply to the network, labels and classes disagree, or
-            the dense network gives infinite outputs.
+        NetworkError: The criterion does not apply to the network, labels and classes disagree, the
+            dense network gives infinite outputs, or does not bear the precision.
     """
     proxy = proxy_named(settings.name)
     size = settings.batch_size
+    layout = layout_of(network)
     with single_thread():
-        dense = logits(network.module, batches(network, validation, size)).numpy()
+        shown = list(batches(network, validation, size))
+        outputs = _dense_logits(network, layout, "float32", shown)
+        dense = outputs.numpy()
         if not np.isfinite(dense).all():
             raise NetworkError("the dense network's outputs are not finite; check its weights")
         if validation.labels.max() >= dense.shape[1]:
@@ -121,6 +199,9 @@ def prepare_workload(
                 f"the network has {dense.shape[1]} classes, but a validation image has the label "
                 f"{validation.labels.max()}; set network.num_classes"
             )
+        rounding = 0.0
+        if settings.precision != "float32":
+            rounding = _check_rounding(network, layout, settings.precision, shown, outputs)
         wants_grams = proxy.needs_grams or (
             settings.criterion in CRITERIA and CRITERIA[settings.criterion].needs_grams
         )
@@ -137,7 +218,9 @@ def prepare_workload(
         settings=settings,
         calibration=calibration,
         validation=validation,
+        layout=layout,
         places=places,
         grams=grams if proxy.needs_grams else {},
         dense_logits=dense,
+        rounding=rounding,
     )

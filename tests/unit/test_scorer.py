@@ -390,12 +390,12 @@ def test_policy_of_another_network_is_a_failed_measurement(
 
 
 class Greedy:
-    """Makes a network raise for every batch larger than it likes; notes the sizes it saw."""
+    """Makes measuring raise for every batch larger than it likes; notes the sizes it saw."""
 
-    def __init__(self, module: nn.Module, most: int, error: BaseException) -> None:
+    def __init__(self, scorer: Scorer, most: int, error: BaseException) -> None:
         self.most, self.error = most, error
         self.seen: list[int] = []
-        self.handle = module.register_forward_pre_hook(self)
+        self.handle = scorer._measured.module.register_forward_pre_hook(self)
 
     def __call__(self, _module: nn.Module, args: tuple[Tensor]) -> None:
         self.seen.append(len(args[0]))
@@ -424,7 +424,7 @@ def test_memory_error_is_tried_again_with_half_the_batch(
     prepared: Prepare, error: Exception
 ) -> None:
     scorer = Scorer(prepared("raw"))
-    greedy = Greedy(scorer.network_of(DENSE), BATCH // 2, error)
+    greedy = Greedy(scorer, BATCH // 2, error)
     assert scorer.score(HALF).ok
     assert greedy.seen[0] > BATCH // 2
     assert set(greedy.seen[1:]) == {BATCH // 2}
@@ -435,7 +435,7 @@ def test_memory_error_with_half_the_batch_is_out_of_memory(
     prepared: Prepare, error: Exception
 ) -> None:
     scorer = Scorer(prepared("recalibrated"))
-    greedy = Greedy(scorer.network_of(DENSE), 0, error)
+    greedy = Greedy(scorer, 0, error)
     measurement = scorer.score(HALF)
     assert measurement.status is Status.OUT_OF_MEMORY
     assert measurement.reason == f"out of memory with batches of {BATCH // 2}"
@@ -448,7 +448,7 @@ def test_failure_leaves_no_trace_in_later_measurements(
     prepared: Prepare, name: str, error: Exception
 ) -> None:
     scorer = Scorer(prepared(name))
-    greedy = Greedy(scorer.network_of(ODD), 0, error)
+    greedy = Greedy(scorer, 0, error)
     assert not scorer.score(ODD).ok
     greedy.handle.remove()
     assert same(scorer.score(HALF), Scorer(prepared(name)).score(HALF))
@@ -456,7 +456,7 @@ def test_failure_leaves_no_trace_in_later_measurements(
 
 def test_failed_recalibration_restores_the_momentum(prepared: Prepare) -> None:
     scorer = Scorer(prepared("recalibrated"))
-    greedy = Greedy(scorer.network_of(ODD), 0, RuntimeError("boom"))
+    greedy = Greedy(scorer, 0, RuntimeError("boom"))
     scorer.score(ODD)
     greedy.handle.remove()
     module = scorer.network_of(HALF)
@@ -465,7 +465,7 @@ def test_failed_recalibration_restores_the_momentum(prepared: Prepare) -> None:
 
 def test_interrupt_is_not_a_failed_candidate(prepared: Prepare) -> None:
     scorer = Scorer(prepared("raw"))
-    Greedy(scorer.network_of(ODD), 0, KeyboardInterrupt("stop"))
+    Greedy(scorer, 0, KeyboardInterrupt("stop"))
     with pytest.raises(KeyboardInterrupt, match="stop"):
         scorer.score(ODD)
 
