@@ -116,7 +116,7 @@ class ProxyRecipe(_Table):
     """`[proxy]`: how a policy is scored."""
 
     name: str = "compensated"
-    """raw, recalibrated or compensated."""
+    """raw, recalibrated, compensated or reconstructed."""
     criterion: str = "residual-energy"
     """Which channels go first: l1, l2, bn-scale, fpgm or residual-energy."""
     recalibrate: bool = True
@@ -125,6 +125,12 @@ class ProxyRecipe(_Table):
     """Load on the Gram matrix, as a share of its mean diagonal."""
     recalibration_images: Count | None = None
     """The first so many calibration images recalibrate; all of them if left out."""
+    reconstruction_images: Count = 256
+    """The first so many calibration images fit the layers (`reconstructed`)."""
+    reconstruction_layers: Literal["cut", "all"] = "all"
+    """Fit every layer, or those that lost inputs; the others get a scale and a shift."""
+    reconstruction_ridge: Annotated[float, Field(ge=0)] = 0.1
+    """How strongly fitted weights are held where they were, as a share of the Gram matrix."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of forward passes; auto is bfloat16 where the hardware has it, and settled at launch."""
     batch_size: Count = 128

@@ -6,6 +6,8 @@ the bench is then measured. To add one, write the function and put it in PROXIES
 References:
     [Li2020] B. Li et al., "EagleEye: Fast Sub-net Evaluation for Efficient Neural Network
         Pruning", ECCV 2020 (batch norm recalibrated before measuring).
+    [He2017] Y. He, X. Zhang, J. Sun, "Channel Pruning for Accelerating Very Deep Neural Networks",
+        ICCV 2017.
     [Xie2021] Z. Xie et al., "Pruning with Compensation", arXiv:2108.13728.
 """
 
@@ -33,6 +35,9 @@ class ProxySettings:
         recalibrate: Whether `compensated` re-estimates batch norm after folding.
         ridge: Load on the Gram matrix when folding, as a share of its mean diagonal.
         recalibration_images: The first so many calibration images recalibrate; None for all.
+        reconstruction_images: The first so many calibration images fit the layers.
+        reconstruction_layers: `all`, or `cut` for those alone that lost inputs.
+        reconstruction_ridge: How strongly fitted weights are held where they were.
         precision: `float32`, or `bfloat16` for the forward passes.
         batch_size: Images per forward pass; recalibration uses at least this many at once.
     """
@@ -42,6 +47,9 @@ class ProxySettings:
     recalibrate: bool = True
     ridge: float = 1e-4
     recalibration_images: int | None = None
+    reconstruction_images: int = 256
+    reconstruction_layers: str = "all"
+    reconstruction_ridge: float = 0.1
     precision: str = "float32"
     batch_size: int = 128
 
@@ -60,6 +68,9 @@ class Bench(Protocol):
     def recalibrate(self) -> None:
         """Re-estimates batch-norm statistics on the calibration images."""
 
+    def reconstruct(self, keep: Keep) -> None:
+        """Fits layer after layer to what the dense network returned."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Proxy:
@@ -69,11 +80,13 @@ class Proxy:
         title: One line for people.
         prepare: Leaves the network to be measured on the bench.
         needs_grams: Whether Gram matrices must have been collected.
+        needs_targets: Whether the dense layers' outputs must have been noted.
     """
 
     title: str
     prepare: Callable[[Bench, Keep], None]
     needs_grams: bool = False
+    needs_targets: bool = False
 
 
 def raw(bench: Bench, keep: Keep) -> None:
@@ -95,6 +108,17 @@ def compensated(bench: Bench, keep: Keep) -> None:
         bench.recalibrate()
 
 
+def reconstructed(bench: Bench, keep: Keep) -> None:
+    """Cut, fold, then fit the layers one by one on their cut inputs [He2017].
+
+    Nothing is recalibrated: fitted layers return what the dense ones did, and batch norm is part of
+    what is fitted.
+    """
+    bench.cut(keep)
+    bench.compensate(keep)
+    bench.reconstruct(keep)
+
+
 PROXIES: dict[str, Proxy] = {
     "raw": Proxy(title="cut (a control)", prepare=raw),
     "recalibrated": Proxy(title="cut, recalibrate batch norm", prepare=recalibrated),
@@ -102,6 +126,12 @@ PROXIES: dict[str, Proxy] = {
         title="cut, fold removed channels into kept ones, recalibrate unless told not to",
         prepare=compensated,
         needs_grams=True,
+    ),
+    "reconstructed": Proxy(
+        title="cut, fold, then fit layer by layer to the dense network, in closed form",
+        prepare=reconstructed,
+        needs_grams=True,
+        needs_targets=True,
     ),
 }
 

@@ -18,6 +18,7 @@ from evosearch.pruning.compensation import Compensator
 from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.folding import FastCopy, Layout
 from evosearch.pruning.proposals import Norm
+from evosearch.pruning.reconstruction import Reconstructor
 from evosearch.scoring.proxies import proxy_named
 from evosearch.scoring.workload import DTYPES, Workload, batches, logits, single_thread
 
@@ -71,6 +72,17 @@ class Scorer:
         ]
         for norm in self._norms:
             norm.momentum = None  # a plain average
+        self._reconstructor = None
+        if workload.targets:
+            self._reconstructor = Reconstructor(
+                workload.plan,
+                workload.layout,
+                dense,
+                workload.targets,
+                dtype,
+                self.settings.reconstruction_ridge,
+                every_layer=self.settings.reconstruction_layers == "all",
+            )
         self._proxy = proxy_named(self.settings.name)
         self._dense_logits = torch.from_numpy(np.array(workload.dense_logits))
         self._labels = torch.from_numpy(np.array(workload.validation.labels))
@@ -111,6 +123,14 @@ class Scorer:
             norm.train()
         logits(fast.module, self._inputs("calibration", images, at_least=True), fast.dtype)
         fast.give_statistics(self._cutter.network)
+
+    def reconstruct(self, keep: NDArray[np.bool_]) -> None:
+        """Fits layer after layer to what the dense network returned."""
+        assert self._reconstructor is not None  # noqa: S101  workloads of such proxies have targets
+        # One batch: a layer is fitted on all images before the next one runs.
+        pixels = self._workload.calibration.pixels[: self.settings.reconstruction_images]
+        images = self._network.normalise(pixels).to(self._device)
+        self._reconstructor.reconstruct(self._cutter.network, keep, images)
 
     def _inputs(self, part: str, images: Images, *, at_least: bool = False) -> Iterable[Tensor]:
         """Normalised batches, kept for the next policy unless they are too large for that."""

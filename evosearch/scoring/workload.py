@@ -20,6 +20,7 @@ from evosearch.networks import InputSpec, Network, NetworkSpec, build_module
 from evosearch.pruning.criteria import CRITERIA, channel_order
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.folding import FastCopy, Layout, layout_of
+from evosearch.pruning.reconstruction import Target, targets_of
 from evosearch.pruning.statistics import gram_matrices
 from evosearch.scoring.proxies import ProxySettings, proxy_named
 
@@ -36,6 +37,8 @@ __all__ = [
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Flags of processors that multiply in bfloat16 rather than pretend to.
 _BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+# Places of each feature map that are fitted: neighbours tell much the same.
+TARGET_POSITIONS = 16
 # Far more than rounding does to a sound network, far less than a cut does.
 _MAX_ROUNDING = 0.01
 
@@ -55,6 +58,7 @@ class Workload:
         layout: Which norms can be folded, and which layer is the last.
         places: `(n_channels,)` place of each flat channel in its group's order, 0 = kept longest.
         grams: Second moments by consumer; empty if the proxy does without.
+        targets: What the dense layers return for the first calibration images; likewise.
         dense_logits: `(n_validation, n_classes)` float32 outputs of the dense network.
         rounding: Mean divergence that the precision alone brings to the dense network, in nats.
     """
@@ -69,6 +73,7 @@ class Workload:
     layout: Layout
     places: NDArray[np.int64]
     grams: Mapping[str, NDArray[np.float64]]
+    targets: Mapping[str, Target]
     dense_logits: NDArray[np.float32]
     rounding: float = 0.0
 
@@ -209,6 +214,12 @@ def prepare_workload(
         if wants_grams:
             inputs = list(batches(network, calibration, size, at_least=True))
             grams = gram_matrices(network.module, plan, inputs)
+        targets: Mapping[str, Target] = {}
+        if proxy.needs_targets:
+            first = calibration.pixels[: settings.reconstruction_images]
+            fast = FastCopy(network.module, layout, torch.float32)
+            fast.update(network.module)
+            targets = targets_of(fast, network.normalise(first), TARGET_POSITIONS)
         places = channel_order(network.module, plan, settings.criterion, grams or None)
     return Workload(
         spec=replace(network.spec, weights=None),
@@ -221,6 +232,7 @@ def prepare_workload(
         layout=layout,
         places=places,
         grams=grams if proxy.needs_grams else {},
+        targets=targets,
         dense_logits=dense,
         rounding=rounding,
     )

@@ -312,6 +312,11 @@ RELEVANT = {
     "proxy.recalibrate": False,
     "proxy.ridge": 0.3,
     "proxy.batch_size": 3,
+    "proxy.precision": "float32",
+    "proxy.recalibration_images": 3,
+    "proxy.reconstruction_images": 3,
+    "proxy.reconstruction_ridge": 0.5,
+    "proxy.reconstruction_layers": "cut",
 }
 
 

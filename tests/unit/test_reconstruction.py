@@ -1,0 +1,188 @@
+"""Layer-wise fitting: what it recovers, what it leaves alone, and what is written back."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from evosearch.data import open_source
+from evosearch.networks import Network, NetworkSpec, load_network
+from evosearch.policy import Policy
+from evosearch.pruning.cutting import Cutter, CuttingPlan
+from evosearch.pruning.folding import FastCopy, layout_of
+from evosearch.pruning.groups import trace
+from evosearch.pruning.reconstruction import Reconstructor, targets_of
+from evosearch.scoring.proxies import ProxySettings
+from evosearch.scoring.scorer import Scorer
+from evosearch.scoring.workload import prepare_workload
+
+HALF = Policy((8, 8, 8, 16, 16, 16, 32, 32, 32))
+DENSE = Policy((16, 16, 16, 32, 32, 32, 64, 64, 64))
+
+
+def reconstructor(
+    network: Network, plan: CuttingPlan, images: torch.Tensor, ridge: float = 1e-6
+) -> Reconstructor:
+    layout = layout_of(network)
+    fast = FastCopy(network.module, layout, torch.float32)
+    fast.update(network.module)
+    targets = targets_of(fast, images, 16)
+    return Reconstructor(plan, layout, network.module, targets, torch.float32, ridge)
+
+
+def kept(plan: CuttingPlan, removed: dict[str, list[int]]) -> NDArray[np.bool_]:
+    keep = np.ones(int(plan.table.channels.sum()) + 1, dtype=np.bool_)
+    start = 0
+    for group in plan.table.groups:
+        for channel in removed.get(group.name, []):
+            keep[start + channel] = False
+        start += group.channels
+    return keep
+
+
+def make_twins(network: Network, conv: str, norm: str, pairs: list[tuple[int, int]]) -> None:
+    """Makes channels of a layer copies of others."""
+    layers = dict(network.module.named_modules())
+    with torch.no_grad():
+        for kept_one, twin in pairs:
+            for tensor in (
+                *layers[conv].state_dict().values(),
+                *layers[norm].state_dict().values(),
+            ):
+                if tensor.ndim:
+                    tensor[twin] = tensor[kept_one]
+
+
+def test_what_twins_did_is_recovered_exactly() -> None:
+    network = load_network(NetworkSpec(name="resnet20", weights="shipped:resnet20-cifar10"))
+    make_twins(network, "layer2.1.conv1", "layer2.1.bn1", [(0, 5), (1, 6), (2, 30)])
+    plan = trace(network)
+    name = next(g.name for g in plan.table.groups if "layer2.1" in g.name)
+    keep = kept(plan, {name: [5, 6, 30]})
+    pixels = open_source("cifar10-sample").training().take(np.arange(96)).pixels
+    images = network.normalise(pixels)
+    cutter = Cutter(plan, network.module)
+    with torch.inference_mode():
+        wanted = network.module(images)
+        raw = cutter.cut(keep)(images)
+        reconstructor(network, plan, images).reconstruct(cutter.cut(keep), keep, images)
+        found = cutter.network(images)
+    assert (raw - wanted).abs().mean() > 0.05
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("layers", ["all", "cut"])
+def test_fitted_network_is_nearer_on_images_that_were_not_fitted(layers: str) -> None:
+    network = load_network(NetworkSpec(name="resnet20", weights="shipped:resnet20-cifar10"))
+    plan = trace(network)
+    source = open_source("cifar10-sample")
+    found = {}
+    for name in ("compensated", "reconstructed"):
+        settings = ProxySettings(
+            name=name,
+            criterion="l1",
+            reconstruction_images=96,
+            reconstruction_layers=layers,
+        )
+        workload = prepare_workload(
+            network,
+            plan,
+            settings,
+            source.training().take(np.arange(128)),
+            source.held_out().take(np.arange(128)),
+        )
+        scorer = Scorer(workload)
+        found[name] = scorer.score(HALF).metrics["divergence"]
+    assert scorer.score(DENSE).metrics["divergence"] < 0.01
+    assert found["reconstructed"] < 0.8 * found["compensated"]
+
+
+@pytest.mark.parametrize(
+    ("name", "summed"),
+    [
+        ("resnet20", {"layer1.0.conv2", "layer2.0.conv2", "layer3.2.conv2"}),
+        ("torchvision:resnet18", {"layer1.0.conv2", "layer2.0.conv2"}),
+        ("torchvision:mobilenet_v2", {"features.3.conv.2"}),
+    ],
+)
+def test_sums_are_fitted_as_sums(name: str, summed: set[str]) -> None:
+    network = load_network(NetworkSpec(name=name, input_shape=(3, 32, 32)))
+    fast = FastCopy(network.module, layout_of(network), torch.float32)
+    fast.update(network.module)
+    targets = targets_of(fast, network.example(4), 4)
+    found = {layer for layer, target in targets.items() if target.summed}
+    assert summed <= found
+    assert not any(layer.endswith("conv1") for layer in found)
+
+
+def learned(network: Network) -> Network:
+    """Statistics of batch norm that fit the images, as a trained network has them."""
+    torch.manual_seed(0)
+    pixels = open_source("cifar10-sample").training().take(np.arange(64)).pixels
+    shape = network.input.shape
+    images = nn.functional.interpolate(network.normalise(pixels)[:, : shape[0]], shape[1:])
+    network.module.train()(images)
+    network.module.eval()
+    return network
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet20", "torchvision:resnet18"],
+)
+def test_written_network_computes_what_was_fitted(name: str) -> None:
+    network = learned(load_network(NetworkSpec(name=name, input_shape=(3, 32, 32))))
+    plan = trace(network)
+    images = network.example(24)
+    rng = np.random.default_rng(0)
+    keep = np.append(rng.random(int(plan.table.channels.sum())) < 0.7, True)
+    start = 0
+    for channels in plan.table.channels:
+        keep[start] = True
+        start += channels
+    fitted = reconstructor(network, plan, images, ridge=0.1)
+    cutter = Cutter(plan, network.module)
+    before = copy.deepcopy(cutter.cut(keep).state_dict())
+    fitted.reconstruct(cutter.network, keep, images)
+    after = cutter.network.state_dict()
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    with torch.inference_mode():
+        dense = network.module(images)
+        raw = cutter.cut(keep)(images)
+        fitted.reconstruct(cutter.cut(keep), keep, images)
+        found = cutter.network(images)
+    assert (found - dense).square().mean() < 0.5 * (raw - dense).square().mean()
+
+
+def test_targets_are_the_same_for_a_copy_of_the_images() -> None:
+    network = load_network(NetworkSpec(name="resnet20", weights="shipped:resnet20-cifar10"))
+    fast = FastCopy(network.module, layout_of(network), torch.float32)
+    fast.update(network.module)
+    images = network.normalise(open_source("cifar10-sample").training().take(np.arange(8)).pixels)
+    first, second = targets_of(fast, images, 8), targets_of(fast, images.clone(), 8)
+    assert len(first) == 20
+    for name, target in first.items():
+        assert np.array_equal(target.values, second[name].values)
+        if target.positions is not None:
+            height, width = target.shape
+            assert len({tuple(p) for p in target.positions}) == 8
+            assert (target.positions < (height, width)).all()
+            assert len(target.values) == 64
+
+
+def test_linear_networks_are_fitted_too() -> None:
+    network = load_network(NetworkSpec(name="lenet-300-100"))
+    plan = trace(network)
+    images = network.example(64)
+    keep = np.append(np.arange(int(plan.table.channels.sum())) % 2 == 0, True)
+    cutter = Cutter(plan, network.module)
+    with torch.inference_mode():
+        wanted = network.module(images)
+        raw = cutter.cut(keep)(images)
+        reconstructor(network, plan, images, 1e-3).reconstruct(cutter.cut(keep), keep, images)
+        found = cutter.network(images)
+    assert (found - wanted).square().mean() < 0.5 * (raw - wanted).square().mean()
