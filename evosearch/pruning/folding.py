@@ -18,6 +18,11 @@ from evosearch.pruning.proposals import Convolution, Norm
 
 __all__ = ["FastCopy", "Layout", "layout_of"]
 
+_WIDTHS = (
+    *("in_channels", "out_channels", "groups"),
+    *("in_features", "out_features", "num_features"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -142,8 +147,9 @@ class FastCopy:
         with torch.no_grad():
             for name, layer in self._layers.items():
                 origin = theirs[name]
-                if isinstance(layer, Convolution):
-                    layer.groups = origin.groups
+                for width in _WIDTHS:  # a forward may look at them
+                    if hasattr(origin, width):
+                        setattr(layer, width, getattr(origin, width))
                 if name in self._folded:
                     self._fold(layer, origin, theirs[self._folded[name]])
                 else:
