@@ -39,6 +39,7 @@ __all__ = [
     "goals_of",
     "network_spec",
     "pool_settings",
+    "source_of",
 ]
 
 
@@ -91,6 +92,11 @@ def _source(recipe: DataRecipe, spec: NetworkSpec) -> DataSource:
         _, height, width = load_network(spec).input.shape
         options = replace(options, image_size=(height, width))
     return open_source(recipe.name, options)
+
+
+def source_of(recipe: Recipe) -> DataSource:
+    """Where the recipe's images come from; nothing is read yet."""
+    return _source(recipe.data, network_spec(recipe.network))
 
 
 def _draw(recipe: DataRecipe, key: str, pool: ImagePool) -> Images:

@@ -13,6 +13,7 @@ import typer
 from evosearch.errors import ConfigError, EvosearchError
 
 if TYPE_CHECKING:
+    from evosearch.fidelity.study import Finished as Fidelity
     from evosearch.measurement import Measurement
     from evosearch.run import Finished
     from evosearch.training import EpochLog
@@ -215,6 +216,83 @@ def profile(recipe: RecipeName, settings: Settings = None, workers: Workers = No
 
 
 @app.command()
+def fidelity(
+    subject: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="What is pruned")],
+    policies: Annotated[int, typer.Option(min=1, help="Policies per set")] = 40,
+    truth: Annotated[
+        str, typer.Option(help="epochs, lr, batch, seeds, fraction, precision")
+    ] = "finetune:epochs=1",
+    out: Annotated[
+        Path | None, typer.Option(help="Directory [runs/RECIPE-fidelity, RUN/fidelity]")
+    ] = None,
+    proxies: Annotated[str, typer.Option(help="`evosearch list variants`, or all")] = "all",
+    proxy_variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:KEY=VALUE,...", help="A variant of yours, in proxy and data"),
+    ] = None,
+    macs: Annotated[str, typer.Option(help="Band of MACs, shares of dense")] = "0.46,0.54",
+    seed: Annotated[int, typer.Option(min=0, help="Of the drawn policies")] = 0,
+    workers: Workers = None,
+    truth_on: Annotated[
+        str | None, typer.Option(help="test or held-out [test if there are such images]")
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Compare proxies with fine-tuning, at matched MACs; run again after a kill, it continues.
+
+    Example: evosearch fidelity quickstart --policies 12 --truth finetune:epochs=2
+    """
+    from evosearch.fidelity.drawing import Band
+    from evosearch.fidelity.study import Options, study
+    from evosearch.fidelity.study import subject as read_subject
+    from evosearch.fidelity.truth import Truth
+    from evosearch.fidelity.variants import choose
+
+    if truth_on not in (None, "test", "held-out"):
+        raise ConfigError(f"--truth-on is test or held-out, got {truth_on!r}")
+    options = Options(
+        policies=policies,
+        band=Band.parse(macs),
+        truth=Truth.parse(truth),
+        variants=choose(proxies, proxy_variant or ()),
+        seed=seed,
+        test=None if truth_on is None else truth_on == "test",
+    )
+    recipe, run = read_subject(subject, settings, {"run.workers": workers})
+    default = Path("runs") / f"{Path(subject).stem}-fidelity" if run is None else run / "fidelity"
+    finished = study(recipe, run, out or default, options, Progress())
+    _tell_fidelity(finished)
+
+
+def _tell_fidelity(finished: "Fidelity") -> None:
+    """Prints what a study found, and ends with its exit code."""
+    from rich.console import Console
+
+    from evosearch.results.report import fidelity_table
+
+    comparison = finished.comparison
+    for name in comparison.sets:
+        for truth in comparison.truths[:1]:
+            findings = comparison.of(name, truth)
+            if not findings:
+                continue
+            n = max(finding.correlation.n for finding in findings)
+            Console().print(
+                fidelity_table(f"{name}: {n} policies against {truth} when fine-tuned", findings)
+            )
+            reliability = comparison.reliability.get((name, truth))
+            if reliability is not None:
+                typer.echo(f"truth against its own repetition: tau {reliability.tau:.3f}")
+    if comparison.failures:
+        typer.echo(f"failed             {len(comparison.failures)}: {comparison.failures[0]}")
+    for path in finished.files:
+        typer.echo(f"{path.suffix[1:]:18s} {path}")
+    if finished.interrupted:
+        typer.echo("interrupted; the same command continues", err=True)
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
 def train(
     network: Annotated[str, typer.Argument(help="A name, module:factory or file.py:factory")],
     data: Annotated[str, typer.Argument(help="Name of a data set, or an .npz file")],
@@ -283,7 +361,9 @@ def _report_epoch(line: "EpochLog") -> None:
 def list_names(
     what: Annotated[
         str,
-        typer.Argument(help="recipes, spaces, algorithms, criteria, proxies, networks, datasets"),
+        typer.Argument(
+            help="recipes, spaces, algorithms, criteria, proxies, variants, networks, datasets"
+        ),
     ],
 ) -> None:
     """List what a recipe can name.

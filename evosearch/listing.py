@@ -39,6 +39,12 @@ def _proxies() -> dict[str, str]:
     return {name: proxy.title for name, proxy in PROXIES.items()}
 
 
+def _variants() -> dict[str, str]:
+    from evosearch.fidelity.variants import known_variants
+
+    return {name: variant.title for name, variant in known_variants().items()}
+
+
 def _networks() -> dict[str, str]:
     from evosearch.networks import BUILT_IN
 
@@ -64,6 +70,7 @@ LISTS: dict[str, Callable[[], dict[str, str]]] = {
     "algorithms": _algorithms,
     "criteria": _criteria,
     "proxies": _proxies,
+    "variants": _variants,
     "networks": _networks,
     "datasets": _datasets,
 }

@@ -26,9 +26,11 @@ __all__ = [
     "Recipe",
     "RunRecipe",
     "SearchRecipe",
+    "change_recipe",
     "check_recipe",
     "explain",
     "load_recipe",
+    "parse_setting",
     "recipe_path",
     "shipped_recipes",
 ]
@@ -260,10 +262,15 @@ def recipe_path(name_or_path: str) -> Path:
     return path
 
 
-def _parse_setting(setting: str) -> tuple[list[str], Any]:
+def parse_setting(setting: str, option: str = "--set") -> tuple[list[str], Any]:
+    """Reads `key=value`: the parts of a dotted key, and a TOML value or a bare word.
+
+    Raises:
+        ConfigError: The text has another form; names the option it came with.
+    """
     key, separator, text = setting.partition("=")
     if not separator or not key.strip():
-        raise ConfigError(f"--set {setting!r} must read key=value, such as search.population=48")
+        raise ConfigError(f"{option} {setting!r} must read key=value, such as search.population=48")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -329,7 +336,7 @@ def load_recipe(
         raise ConfigError(f"recipe {path} cannot be read: {exc}") from exc
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"recipe {path} is not TOML: {exc}") from exc
-    for keys, value in map(_parse_setting, settings):
+    for keys, value in map(parse_setting, settings):
         _assign(data, keys, value)
     for dotted, value in (overrides or {}).items():
         if value is not None:
@@ -348,3 +355,15 @@ def check_recipe(data: Mapping[str, Any], origin: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as exc:
         raise ConfigError(f"{origin}: {explain(exc, Recipe)}") from exc
+
+
+def change_recipe(recipe: Recipe, changes: Mapping[str, Any], origin: str) -> Recipe:
+    """A recipe with other values under some dotted keys.
+
+    Raises:
+        ConfigError: A key or a value is wrong; names the origin and the field.
+    """
+    data: dict[str, Any] = recipe.model_dump(mode="json")
+    for dotted, value in changes.items():
+        _assign(data, dotted.split("."), value)
+    return check_recipe(data, origin)

@@ -24,7 +24,7 @@ from evosearch.results.export import export, front_records, write_atomically
 from evosearch.results.front import Results, read_results
 from evosearch.search import BASELINE, SEARCH, Outcome, Scoring, Search
 
-__all__ = ["Finished", "Observer", "launch", "new_run_directory", "resume"]
+__all__ = ["Finished", "Observer", "StopSignal", "launch", "new_run_directory", "resume"]
 
 
 class Observer(Protocol):
@@ -56,7 +56,7 @@ class Finished:
     files: tuple[Path, ...]
 
 
-class _StopSignal:
+class StopSignal:
     """Ctrl-C once: finish what is in flight. Twice: stop now."""
 
     def __init__(self, observer: Observer) -> None:
@@ -64,6 +64,7 @@ class _StopSignal:
         self._observer = observer
 
     def __call__(self) -> bool:
+        """Whether to stop."""
         return self.requested
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
@@ -227,7 +228,7 @@ def _check_facts(facts: dict[str, Any], ledger: Ledger, directory: Path) -> None
 def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Observer) -> Finished:
     """The search, then the uniform ladder beside it, then the files for people."""
     budget = int(ledger.meta("evaluations"))
-    stop = _StopSignal(observer)
+    stop = StopSignal(observer)
     with stop.installed(), _LazyPool(assembled, observer) as pool:
         scoring = Scoring(
             table=assembled.workload.plan.table,

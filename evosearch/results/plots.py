@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from evosearch.fidelity.statistics import Finding
 from evosearch.measurement import Status
 from evosearch.results.front import Results, Row
 from evosearch.scoring.objectives import COSTS
 
-__all__ = ["plot_front"]
+__all__ = ["plot_fidelity", "plot_front"]
 
 _LABELS = {
     "error": "top-1 error on validation images",
@@ -65,4 +68,71 @@ def plot_front(results: Results, path: Path) -> None:
     axes.set_ylabel(_LABELS[y])
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
+    figure.savefig(path, dpi=150, metadata={"Software": "evosearch"})
+
+
+_LEARNED_SHOWN = 3
+
+
+def _best(findings: Sequence[Finding]) -> list[Finding]:
+    """Each predictor at its best metric; of what was learned, the best few."""
+    found: dict[str, Finding] = {}
+    ranked = sorted(
+        (f for f in findings if np.isfinite(f.correlation.tau)), key=lambda f: -f.correlation.tau
+    )
+    learned = 0
+    for finding in ranked:
+        if finding.predictor in found or (finding.learned and learned == _LEARNED_SHOWN):
+            continue
+        found[finding.predictor] = finding
+        learned += finding.learned
+    return list(found.values())
+
+
+def plot_fidelity(findings: Sequence[Finding], ceiling: float | None, path: Path) -> None:
+    """Draws tau against seconds per policy: a dot per predictor at its best metric.
+
+    Args:
+        findings: Of one set of policies and one truth.
+        ceiling: Tau between repetitions of the truth; None if it was made once.
+        path: A PNG; written in place.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    shown = _best(findings)
+    axes.set_xscale("log")
+    for finding in shown:
+        found = finding.correlation
+        # What costs next to nothing still needs a place on a logarithmic axis.
+        x = max(finding.seconds, 1e-3)
+        axes.errorbar(
+            x,
+            found.tau,
+            # With few policies and ties the interval may end short of the value itself.
+            yerr=np.maximum([[found.tau - found.tau_low], [found.tau_high - found.tau]], 0),
+            fmt="D" if finding.learned else "o",
+            color="C1" if finding.learned else "C0",
+            ecolor="0.8",
+            ms=5,
+        )
+        axes.annotate(
+            f"{finding.predictor} ({finding.metric})",
+            (x, found.tau),
+            textcoords="offset points",
+            xytext=(6, 3),
+            fontsize=7,
+        )
+    if ceiling is not None and np.isfinite(ceiling):
+        axes.axhline(ceiling, color="0.4", lw=0.8, ls=":", label="truth against its repetition")
+        axes.legend(frameon=False, loc="lower right")
+    axes.margins(x=0.25)
+    axes.set_xlabel("seconds per policy")
+    axes.set_ylabel("Kendall's tau against fine-tuning")
+    if shown:
+        axes.set_title(f"{shown[0].policies} policies: {shown[0].correlation.n}")
+    axes.grid(alpha=0.25)
     figure.savefig(path, dpi=150, metadata={"Software": "evosearch"})

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from rich.table import Table
 
+from evosearch.fidelity.statistics import Correlation, Finding
 from evosearch.measurement import Status
 from evosearch.results.front import Results, Row
 
-__all__ = ["front_table", "hypervolume_lines"]
+__all__ = ["fidelity_table", "front_table", "hypervolume_lines"]
 
 _MAX_ROWS = 24
 
@@ -62,3 +64,28 @@ def hypervolume_lines(results: Results) -> list[str]:
     if failed:
         lines.append(f"failed             {len(failed)}, the first: {failed[0].reason}")
     return lines
+
+
+def _tau(found: Correlation) -> str:
+    known = np.isfinite((found.tau_low, found.tau_high)).all()
+    return f"{found.tau:.3f}" + (f" ({found.tau_low:.2f} to {found.tau_high:.2f})" if known else "")
+
+
+def fidelity_table(title: str, findings: Sequence[Finding]) -> Table:
+    """Predictors by tau, the best first, beside what they cost."""
+    table = Table(title=title)
+    table.add_column("predictor", no_wrap=True)
+    table.add_column("metric", no_wrap=True)
+    for name in ("tau (95%)", "rho", "s/policy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    # A predictor that is constant orders nothing: its tau is not a number, and comes last.
+    for finding in sorted(findings, key=lambda f: -np.nan_to_num(f.correlation.tau, nan=-2.0)):
+        table.add_row(
+            finding.predictor,
+            finding.metric,
+            _tau(finding.correlation),
+            f"{finding.correlation.rho:.3f}",
+            f"{finding.seconds:.2f}",
+            style="dim" if finding.learned else None,
+        )
+    return table

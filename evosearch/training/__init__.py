@@ -1,4 +1,4 @@
-"""Training of dense baselines."""
+"""Training of dense baselines, and short fine-tuning of pruned networks."""
 
 from evosearch.training.baseline import EpochLog, TrainSettings, top1, train, write_log
 

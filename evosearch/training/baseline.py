@@ -23,7 +23,15 @@ from evosearch.data import Images, augment
 from evosearch.errors import BackendError, ConfigError
 from evosearch.networks import Network
 
-__all__ = ["EpochLog", "TrainSettings", "top1", "train", "write_log"]
+__all__ = [
+    "EpochLog",
+    "TrainSettings",
+    "make_optimiser",
+    "top1",
+    "train",
+    "train_epoch",
+    "write_log",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,13 +156,39 @@ class _Checkpoint:
         scratch.replace(self.path)
 
 
-def _train_epoch(
+def make_optimiser(module: nn.Module, settings: TrainSettings) -> torch.optim.SGD:
+    """SGD with Nesterov momentum 0.9, over every parameter."""
+    return torch.optim.SGD(
+        module.parameters(),
+        lr=settings.lr,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def train_epoch(
     network: Network,
     images: Images,
     optimiser: torch.optim.Optimizer,
     settings: TrainSettings,
     epoch: int,
 ) -> tuple[float, float]:
+    """Trains for one pass over the images, in place.
+
+    Args:
+        network: Left in training mode.
+        images: Their order and their crops follow from the settings' seed and the epoch.
+        optimiser: From `make_optimiser`.
+        settings: How.
+        epoch: Passes before this one.
+
+    Returns:
+        Mean loss and top-1 on the augmented images, while training.
+
+    Raises:
+        ConfigError: The loss became infinite.
+    """
     device = next(network.module.parameters()).device
     network.module.train()
     loss_sum, hits, seen = 0.0, 0, 0
@@ -207,18 +241,12 @@ def train(
     """
     torch.set_num_threads(settings.threads)
     module = network.module.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD(
-        module.parameters(),
-        lr=settings.lr,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=settings.weight_decay,
-    )
+    optimiser = make_optimiser(module, settings)
     keeper = _Checkpoint(checkpoint, settings) if checkpoint else None
     log = keeper.load(module, optimiser) if keeper else []
     for epoch in range(len(log), settings.epochs):
         start = time.perf_counter()
-        loss, accuracy = _train_epoch(network, images, optimiser, settings, epoch)
+        loss, accuracy = train_epoch(network, images, optimiser, settings, epoch)
         line = EpochLog(
             epoch=epoch + 1,
             lr=learning_rate(settings, epoch + 1),

@@ -18,9 +18,10 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     ("evosearch", "evosearch.__main__"),  # the package itself only loads models on demand
     ("evosearch.cli",),
+    ("evosearch.listing",),
+    ("evosearch.fidelity",),
     (
         "evosearch.exporting",
-        "evosearch.listing",
         "evosearch.profiling",
         "evosearch.run",
         "evosearch.status",
@@ -34,7 +35,7 @@ LAYERS = (
     ("evosearch.ledger", "evosearch.scoring.objectives", "evosearch.space"),
     ("evosearch.measurement", "evosearch.pruning.table"),
     ("evosearch.pareto", "evosearch.policy", "evosearch.recipe"),
-    ("evosearch.checks",),
+    ("evosearch.checks", "evosearch.fidelity.statistics"),
     ("evosearch.errors",),
 )
 OWNERS = {

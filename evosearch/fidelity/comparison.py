@@ -1,0 +1,363 @@
+"""From a journal to findings: every predictor beside every truth, set by set."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evosearch.fidelity.journal import Journal
+from evosearch.fidelity.statistics import (
+    Correlation,
+    Finding,
+    Learned,
+    correlate,
+    cross_validate,
+)
+from evosearch.measurement import Status
+from evosearch.policy import Policy
+from evosearch.pruning.table import GroupTable
+
+__all__ = ["Comparison", "PolicyRow", "compare"]
+
+FloatArray = NDArray[np.float64]
+Key = tuple[int, ...]
+
+_FOLDS = 5
+# Fewer policies cannot be parted into folds that say anything.
+_FEWEST_TO_LEARN = 10
+_FEWEST_TO_COMPARE = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyRow:
+    """All that is known about one policy of a set.
+
+    Args:
+        policies: Name of the set.
+        policy: Which.
+        macs, params: Costs, absolute.
+        share: MACs as a share of the dense network's.
+        truth: Mean over repetitions, such as `test.error`; empty until fine-tuned, or if it failed.
+        repetitions: The same for each repetition.
+        truth_seconds: Of one repetition.
+        scores: Metrics by variant; missing where scoring failed.
+        seconds: Of scoring, by variant.
+    """
+
+    policies: str
+    policy: Policy
+    macs: int
+    params: int
+    share: float
+    truth: Mapping[str, float]
+    repetitions: tuple[Mapping[str, float], ...]
+    truth_seconds: float | None
+    scores: Mapping[str, Mapping[str, float]]
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a study found.
+
+    Args:
+        settings: Of the study, plain data.
+        groups: Names of the groups, in the order of policies.
+        rows: Every policy of every set.
+        findings: Every predictor against every truth.
+        reliability: By set and truth, the order of one half of the repetitions against the other:
+            no predictor can be expected to do better.
+        models: Fitted on all policies of the first set, by predictor and truth, for use elsewhere.
+        failures: Sentences on what could not be scored or fine-tuned.
+    """
+
+    settings: Mapping[str, Any]
+    groups: tuple[str, ...]
+    rows: tuple[PolicyRow, ...]
+    findings: tuple[Finding, ...]
+    reliability: Mapping[tuple[str, str], Correlation]
+    models: Mapping[tuple[str, str], Mapping[str, Any]]
+    failures: tuple[str, ...]
+
+    @property
+    def truths(self) -> tuple[str, ...]:
+        """What predictors were compared with, the main one first."""
+        return tuple(dict.fromkeys(finding.truth for finding in self.findings))
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of the sets."""
+        return tuple(dict.fromkeys(row.policies for row in self.rows))
+
+    def of(self, policies: str, truth: str) -> list[Finding]:
+        """The findings of one set and one truth."""
+        return [f for f in self.findings if f.policies == policies and f.truth == truth]
+
+
+def compare(
+    journal: Journal,
+    sets: Mapping[str, Sequence[Policy]],
+    table: GroupTable,
+    *,
+    variants: Sequence[str],
+    seeds: int,
+    parts: Sequence[str],
+    seed: int,
+) -> Comparison:
+    """Reads a journal and compares what is complete.
+
+    Args:
+        journal: What was found.
+        sets: Policies by name of the set.
+        table: Knows the costs.
+        variants: Which to compare.
+        seeds: Repetitions of the truth to use.
+        parts: Of the source that the truth was measured on.
+        seed: Of resampling and partitions.
+    """
+    rows = _rows(journal, sets, table, variants, seeds)
+    findings: list[Finding] = []
+    reliability: dict[tuple[str, str], Correlation] = {}
+    models: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for truth in [f"{part}.{number}" for part in parts for number in ("error", "loss")]:
+        fitted: dict[str, Learned] = {}
+        for name in sets:
+            chosen = [row for row in rows if row.policies == name and truth in row.truth]
+            if len(chosen) < _FEWEST_TO_COMPARE:
+                continue
+            group = _Group(name, truth, tuple(chosen), tuple(variants), table, seed)
+            findings += group.plain()
+            findings += group.transferred(fitted)
+            learned = group.learned()
+            findings += [finding for finding, _ in learned]
+            if not fitted:
+                fitted = {finding.predictor: result for finding, result in learned}
+                models |= {(key, truth): group.model(key, result) for key, result in fitted.items()}
+            if seeds > 1:
+                reliability[name, truth] = group.reliability()
+    return Comparison(
+        settings={"variants": {r["name"]: r["changes"] for r in journal.of_kind("variant")}},
+        groups=tuple(group.name for group in table.groups),
+        rows=rows,
+        findings=tuple(findings),
+        reliability=reliability,
+        models=models,
+        failures=_failures(journal),
+    )
+
+
+def _rows(
+    journal: Journal,
+    sets: Mapping[str, Sequence[Policy]],
+    table: GroupTable,
+    variants: Sequence[str],
+    seeds: int,
+) -> tuple[PolicyRow, ...]:
+    scores: dict[Key, dict[str, dict[str, float]]] = {}
+    seconds: dict[Key, dict[str, float]] = {}
+    for record in journal.of_kind("score"):
+        key, name = tuple(record["keep"]), record["variant"]
+        if record["status"] == Status.OK and name in variants:
+            scores.setdefault(key, {})[name] = record["metrics"]
+            seconds.setdefault(key, {})[name] = record["seconds"]
+    truths: dict[Key, list[dict[str, Any]]] = {}
+    for record in journal.of_kind("truth"):
+        if record["numbers"] and record["seed"] < seeds:
+            truths.setdefault(tuple(record["keep"]), []).append(record)
+    rows = []
+    for name, policies in sets.items():
+        macs, params = table.costs_of(policies)
+        for index, policy in enumerate(policies):
+            found = sorted(truths.get(policy.keep, []), key=lambda record: record["seed"])
+            numbers = [record["numbers"] for record in found]
+            # Repetitions are averaged once all are there: a mean of fewer would be another truth.
+            whole = numbers if len(numbers) == seeds else []
+            rows.append(
+                PolicyRow(
+                    policies=name,
+                    policy=policy,
+                    macs=int(macs[index]),
+                    params=int(params[index]),
+                    share=int(macs[index]) / table.dense_costs[0],
+                    truth={k: float(np.mean([n[k] for n in whole])) for k in whole[0]}
+                    if whole
+                    else {},
+                    repetitions=tuple(numbers),
+                    truth_seconds=float(np.mean([r["seconds"] for r in found])) if found else None,
+                    scores=scores.get(policy.keep, {}),
+                    seconds=seconds.get(policy.keep, {}),
+                )
+            )
+    return tuple(rows)
+
+
+def _failures(journal: Journal) -> tuple[str, ...]:
+    told = [
+        f"{Policy(tuple(record['keep'])).digest} {record['variant']}: {record['reason']}"
+        for record in journal.of_kind("score")
+        if record["status"] != Status.OK
+    ]
+    told += [
+        f"{Policy(tuple(record['keep'])).digest} fine-tuning: {record['reason']}"
+        for record in journal.of_kind("truth")
+        if not record["numbers"]
+    ]
+    return tuple(told)
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """One set of policies beside one truth."""
+
+    name: str
+    key: str
+    rows: tuple[PolicyRow, ...]
+    variants: tuple[str, ...]
+    table: GroupTable
+    seed: int
+
+    @property
+    def truth(self) -> FloatArray:
+        """`(n,)`, lower is better."""
+        return np.array([row.truth[self.key] for row in self.rows])
+
+    def _finding(
+        self, predictor: str, metric: str, seconds: float, found: Correlation, learned: bool = False
+    ) -> Finding:
+        return Finding(
+            policies=self.name,
+            predictor=predictor,
+            metric=metric,
+            truth=self.key,
+            seconds=seconds,
+            learned=learned,
+            correlation=found,
+        )
+
+    def _seconds(self, variants: Sequence[str]) -> float:
+        """Median per policy, summed over variants."""
+        return sum(
+            float(np.median([row.seconds[name] for row in self.rows if name in row.seconds]))
+            for name in variants
+        )
+
+    def plain(self) -> list[Finding]:
+        """Every metric of every variant, and the truth on other images."""
+        found = []
+        for name in self.variants:
+            rows = [row for row in self.rows if name in row.scores]
+            if len(rows) < _FEWEST_TO_COMPARE:
+                continue
+            truth = np.array([row.truth[self.key] for row in rows])
+            for metric in rows[0].scores[name]:
+                values = np.array([row.scores[name][metric] for row in rows])
+                correlation = correlate(values, truth, self.seed)
+                found.append(self._finding(name, metric, self._seconds([name]), correlation))
+        part = self.key.partition(".")[0]
+        seconds = float(np.median([row.truth_seconds or 0.0 for row in self.rows]))
+        for other in self.rows[0].truth:
+            # The same network on the same images would agree for no good reason.
+            if other.partition(".")[0] != part:
+                values = np.array([row.truth[other] for row in self.rows])
+                correlation = correlate(values, self.truth, self.seed)
+                found.append(self._finding("fine-tuned", other, seconds, correlation))
+        return found
+
+    def reliability(self) -> Correlation:
+        """One half of the repetitions against the other."""
+        halves = [
+            np.array(
+                [np.mean([n[self.key] for n in row.repetitions[half::2]]) for row in self.rows]
+            )
+            for half in (0, 1)
+        ]
+        return correlate(halves[0], halves[1], self.seed)
+
+    def _complete(self) -> tuple[str, ...]:
+        """Variants that scored every policy of the set."""
+        return tuple(name for name in self.variants if all(name in row.scores for row in self.rows))
+
+    def _combinations(self) -> dict[str, tuple[tuple[str, ...], bool]]:
+        """What is learned from: variants, and whether the policy's widths join them."""
+        complete = self._complete()
+        singles = {f"learned: {name}": (name,) for name in complete}
+        together = {"learned: all": complete} if len(complete) > 1 else {}
+        found: dict[str, tuple[tuple[str, ...], bool]] = {}
+        for (label, variants), widths in itertools.product(
+            {**singles, **together}.items(), (False, True)
+        ):
+            found[f"{label} + widths" if widths else label] = (variants, widths)
+        found["learned: widths"] = ((), True)
+        return found
+
+    def _features(self, variants: Sequence[str], widths: bool) -> FloatArray:
+        """`(n, p)`: metrics, on a logarithmic scale where they are positive, and log-widths."""
+        columns = []
+        for name in variants:
+            for metric in self.rows[0].scores[name]:
+                values = np.array([row.scores[name][metric] for row in self.rows])
+                columns.append(_stretched(values, metric))
+        if widths:
+            keep = np.array([row.policy.keep for row in self.rows]) / self.table.channels
+            columns += list(np.log(keep).T)
+        return np.array(columns).T
+
+    def learned(self) -> list[tuple[Finding, Learned]]:
+        """Ridge regressions, judged out of fold; nothing where there are too few policies."""
+        if len(self.rows) < _FEWEST_TO_LEARN:
+            return []
+        found = []
+        for label, (variants, widths) in self._combinations().items():
+            result = cross_validate(
+                self._features(variants, widths), self.truth, folds=_FOLDS, seed=self.seed
+            )
+            found.append(
+                (
+                    self._finding(
+                        label, "k-fold", self._seconds(variants), result.correlation, learned=True
+                    ),
+                    result,
+                )
+            )
+        return found
+
+    def transferred(self, fitted: Mapping[str, Learned]) -> list[Finding]:
+        """How fits on another set order the policies of this one."""
+        found = []
+        for label, (variants, widths) in self._combinations().items():
+            if label not in fitted:
+                continue
+            features = self._features(variants, widths)
+            predicted = fitted[label].model.predict(features)
+            correlation = correlate(predicted, self.truth, self.seed)
+            found.append(
+                self._finding(
+                    label, "fitted on random", self._seconds(variants), correlation, learned=True
+                )
+            )
+        return found
+
+    def model(self, label: str, result: Learned) -> dict[str, Any]:
+        """A fitted predictor as plain data: names of its features and what it does with them."""
+        variants, widths = self._combinations()[label]
+        names = [f"{name}.{metric}" for name in variants for metric in self.rows[0].scores[name]]
+        names += [f"width.{group.name}" for group in self.table.groups] if widths else []
+        model = result.model
+        return {
+            "features": names,
+            "centre": model.centre.tolist(),
+            "scale": [float(s) if np.isfinite(s) else None for s in model.scale],
+            "weights": model.weights.tolist(),
+            "strength": model.strength,
+        }
+
+
+# Metrics that are never negative: ratios say more than differences.
+_POSITIVE = ("error", "loss", "divergence")
+
+
+def _stretched(values: FloatArray, metric: str) -> FloatArray:
+    return np.log(np.maximum(values, 1e-6)) if metric in _POSITIVE else values

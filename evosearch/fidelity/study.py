@@ -1,0 +1,272 @@
+"""A study of proxies, from drawing policies to the table: every step continues where it ended.
+
+DIR/fidelity.jsonl is the truth: policies, scores and fine-tuned networks as they landed. The
+tables and the picture beside it are made from it at the end.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evosearch.assembly import Assembled, assemble, pool_settings
+from evosearch.errors import ConfigError, ConfigMismatch
+from evosearch.fidelity.comparison import Comparison, compare
+from evosearch.fidelity.drawing import Band, draw, elite
+from evosearch.fidelity.journal import Journal
+from evosearch.fidelity.truth import FineTuned, Truth, fine_tune_all, parts_of
+from evosearch.fidelity.variants import Variant, choose
+from evosearch.fidelity.writing import write_files
+from evosearch.ledger import Ledger
+from evosearch.measurement import Measurement
+from evosearch.policy import Policy
+from evosearch.recipe import Recipe, change_recipe, check_recipe, load_recipe, parse_setting
+from evosearch.run import Observer, StopSignal
+
+__all__ = ["Finished", "Options", "study", "subject"]
+
+FEWEST = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to compare, and how much of it.
+
+    Args:
+        policies: Per set.
+        band: Where their MACs lie.
+        truth: How they are fine-tuned.
+        variants: Ways to score, by name.
+        seed: Of the drawn policies, the resampling and the partitions.
+        test: Whether the truth is measured on test images; None: if there are any.
+
+    Raises:
+        ConfigError: Too few policies to order.
+    """
+
+    policies: int = 40
+    band: Band = field(default_factory=lambda: Band(low=0.46, high=0.54))
+    truth: Truth = field(default_factory=Truth)
+    variants: Mapping[str, Variant] = field(default_factory=lambda: choose("all", ()))
+    seed: int = 0
+    test: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.policies < FEWEST:
+            raise ConfigError(
+                f"--policies {self.policies}: at least {FEWEST} are needed to compare orders"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """How a study stands.
+
+    Args:
+        directory: Where it is kept.
+        comparison: What could be compared.
+        files: Written for people.
+        interrupted: Whether Ctrl-C ended it early.
+    """
+
+    directory: Path
+    comparison: Comparison
+    files: tuple[Path, ...]
+    interrupted: bool
+
+
+def subject(
+    name: str, settings: list[str] | None, overrides: Mapping[str, Any]
+) -> tuple[Recipe, Path | None]:
+    """The recipe of a study, and the run whose policies form the second set.
+
+    Args:
+        name: A recipe, or the directory of a run.
+        settings: `key=value` changes.
+        overrides: Dotted keys to values; None is skipped.
+
+    Raises:
+        EvosearchError: There is neither, or a change is wrong.
+    """
+    run = Path(name)
+    if not run.is_dir():
+        return load_recipe(name, settings or (), overrides), None
+    with Ledger.open(run) as ledger:
+        recipe = check_recipe(ledger.meta("recipe"), f"the recipe in {ledger.path}")
+    changes = {".".join(keys): value for keys, value in map(parse_setting, settings or ())}
+    changes |= {key: value for key, value in overrides.items() if value is not None}
+    return change_recipe(recipe, changes, f"the recipe of {run}"), run
+
+
+def study(
+    recipe: Recipe, run: Path | None, directory: Path, options: Options, observer: Observer
+) -> Finished:
+    """Draws, scores, fine-tunes and compares; what the journal knows is not done again.
+
+    Args:
+        recipe: The network, its images, and the proxy that fine-tuning starts from.
+        run: A run of that recipe, whose best policies form a second set; None for none.
+        directory: Where journal, tables and picture are kept.
+        options: What to compare.
+        observer: Who watches.
+
+    Raises:
+        EvosearchError: Something is wrong with recipe, run, options or directory.
+    """
+    observer.phase(f"preparing {recipe.network.name}")
+    assembled = assemble(recipe)
+    parts = parts_of(recipe, test=options.test)
+    if "test" not in parts:
+        observer.phase("the truth is measured on held-out images, as there are no test images")
+    with Journal.open(directory, _settings(assembled, options, parts)) as journal:
+        stop = StopSignal(observer)
+        with stop.installed():
+            sets = _policies(assembled, run, options, journal)
+            everybody = list(dict.fromkeys(policy for chosen in sets.values() for policy in chosen))
+            _register(options.variants, journal)
+            for name, variant in options.variants.items():
+                _score(name, variant, assembled, everybody, journal, stop, observer)
+            _fine_tune(assembled, options, parts, everybody, journal, stop, observer)
+        observer.phase("comparing")
+        comparison = compare(
+            journal,
+            sets,
+            assembled.workload.plan.table,
+            variants=list(options.variants),
+            seeds=options.truth.seeds,
+            parts=parts,
+            seed=options.seed,
+        )
+    files = write_files(comparison, directory)
+    return Finished(
+        directory=directory, comparison=comparison, files=files, interrupted=stop.requested
+    )
+
+
+def _settings(assembled: Assembled, options: Options, parts: tuple[str, ...]) -> dict[str, Any]:
+    """All that decides what a record means; the search's part of the recipe does not."""
+    facts = assembled.facts()
+    recipe = assembled.recipe.results_key()
+    del recipe["search"]
+    return {
+        "recipe": recipe,
+        "macs": str(options.band),
+        "seed": options.seed,
+        "truth": {**options.truth.settings(), "on": list(parts)},
+        "images": facts["images"],
+        "weights": facts["weights"],
+        "groups": [list(group) for group in facts["groups"]],
+    }
+
+
+def _policies(
+    assembled: Assembled, run: Path | None, options: Options, journal: Journal
+) -> dict[str, tuple[Policy, ...]]:
+    """The sets by name. What was drawn once stays; larger sets begin with it."""
+    table, n = assembled.workload.plan.table, options.policies
+    known: dict[str, list[Policy]] = {"random": [], "elite": []}
+    for record in journal.of_kind("policy"):
+        known[record["set"]].append(Policy(tuple(record["keep"])))
+    wanted: dict[str, tuple[Policy, ...]] = {}
+    if len(known["random"]) < n:
+        wanted["random"] = draw(assembled.space, table, options.band, n, options.seed)
+    if run is not None and len(known["elite"]) < n:
+        with Ledger.open(run) as ledger:
+            wanted["elite"] = elite(ledger, table, options.band, n)
+    for name, policies in wanted.items():
+        for policy in policies:
+            if policy not in known[name] and len(known[name]) < n:
+                journal.append("policy", set=name, keep=policy.keep)
+                known[name].append(policy)
+    return {name: tuple(policies[:n]) for name, policies in known.items() if policies}
+
+
+def _register(variants: Mapping[str, Variant], journal: Journal) -> None:
+    """Refuses a variant whose name stood for something else before."""
+    known = {record["name"]: record["changes"] for record in journal.of_kind("variant")}
+    for name, variant in variants.items():
+        changes = dict(variant.changes)
+        if name not in known:
+            journal.append("variant", name=name, changes=changes)
+        elif known[name] != changes:
+            raise ConfigMismatch(
+                f"the variant {name!r} meant {known[name]} in {journal.path.parent}, now it is "
+                f"{changes}; give it another name, or name another --out"
+            )
+
+
+def _score(
+    name: str,
+    variant: Variant,
+    assembled: Assembled,
+    policies: list[Policy],
+    journal: Journal,
+    stop: StopSignal,
+    observer: Observer,
+) -> None:
+    from evosearch.scoring.pool import make_pool
+
+    done = {
+        tuple(record["keep"]) for record in journal.of_kind("score") if record["variant"] == name
+    }
+    missing = [policy for policy in policies if policy.keep not in done]
+    if not missing or stop():
+        return
+    observer.phase(f"scoring {len(missing)} policies: {name}")
+    recipe = change_recipe(assembled.recipe, variant.changes, f"proxy variant {name!r}")
+    workload = assembled.workload if not variant.changes else assemble(recipe).workload
+    count = len(done)
+
+    def record(measurement: Measurement) -> None:
+        nonlocal count
+        count += 1
+        journal.append(
+            "score",
+            variant=name,
+            keep=measurement.policy.keep,
+            status=measurement.status.value,
+            metrics=dict(measurement.metrics),
+            seconds=measurement.seconds,
+            reason=measurement.reason,
+        )
+        observer.landed(name, measurement, count, len(policies))
+
+    pool = make_pool(workload, pool_settings(recipe))
+    try:
+        pool.score(missing, record, stop)
+    finally:
+        pool.close()
+
+
+def _fine_tune(
+    assembled: Assembled,
+    options: Options,
+    parts: tuple[str, ...],
+    policies: list[Policy],
+    journal: Journal,
+    stop: StopSignal,
+    observer: Observer,
+) -> None:
+    done = {(tuple(record["keep"]), record["seed"]) for record in journal.of_kind("truth")}
+    # All policies once before any is repeated: an early table has as many policies as it can.
+    wanted = [(policy, seed) for seed in range(options.truth.seeds) for policy in policies]
+    missing = [(policy, seed) for policy, seed in wanted if (policy.keep, seed) not in done]
+    if missing and not stop():
+        observer.phase(f"fine-tuning {len(missing)} networks")
+    left = len(missing)
+
+    def record(result: FineTuned) -> None:
+        nonlocal left
+        left -= 1
+        journal.append(
+            "truth",
+            keep=result.policy.keep,
+            seed=result.seed,
+            numbers=dict(result.numbers),
+            seconds=result.seconds,
+            reason=result.reason,
+        )
+        told = result.reason or ", ".join(f"{k} {v:.4f}" for k, v in result.numbers.items())
+        observer.phase(f"{result.policy.digest} {told} ({result.seconds:.0f} s; {left} left)")
+
+    fine_tune_all(assembled.workload, assembled.recipe, options.truth, parts, missing, record, stop)

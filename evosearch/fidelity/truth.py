@@ -1,0 +1,320 @@
+"""The truth that proxies are compared with: fine-tuning, and what the network then does.
+
+Fine-tuning starts from the network that the recipe's own proxy prepares, and sees images of the
+training part alone. The numbers on test images are a report about proxies; nothing is chosen by
+them, and a search never opens them.
+"""
+
+import copy
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from evosearch.assembly import source_of
+from evosearch.data import DataSource, ImagePool, Images, balanced_subset
+from evosearch.errors import BackendError, ConfigError, DataError, EvosearchError
+from evosearch.networks import Network
+from evosearch.policy import Policy
+from evosearch.recipe import Recipe
+from evosearch.scoring.scorer import Scorer
+from evosearch.scoring.workload import Workload
+from evosearch.training import TrainSettings
+from evosearch.training.finetune import evaluate, finetune
+
+__all__ = ["FineTuned", "Truth", "fine_tune_all", "parts_of"]
+
+_POLL_S = 0.5
+_PRECISIONS = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """How to fine-tune.
+
+    Args:
+        epochs: Passes over the training images.
+        lr: Peak learning rate; one cosine down to zero.
+        batch: Images per step.
+        seeds: Independent repetitions; two or more tell how reliable the truth itself is.
+        fraction: Share of the training images, classes balanced.
+        precision: `bf16` (autocast) or `fp32`.
+    """
+
+    epochs: int = 1
+    lr: float = 0.01
+    batch: int = 128
+    seeds: int = 1
+    fraction: float = 1.0
+    precision: str = "bf16"
+
+    def __post_init__(self) -> None:
+        checks = {
+            "epochs": self.epochs >= 1,
+            "lr": 0 < self.lr < np.inf,
+            "batch": self.batch >= 2,
+            "seeds": self.seeds >= 1,
+            "fraction": 0 < self.fraction <= 1,
+            "precision": self.precision in _PRECISIONS,
+        }
+        wanted = {
+            "epochs": "at least 1",
+            "lr": "more than 0",
+            "batch": "at least 2",
+            "seeds": "at least 1",
+            "fraction": "more than 0, at most 1",
+            "precision": "bf16 or fp32",
+        }
+        for key, good in checks.items():
+            if not good:
+                raise ConfigError(f"--truth: {key} is {wanted[key]}, got {getattr(self, key)}")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads `finetune:epochs=1,lr=0.01`; every key may be left out.
+
+        Raises:
+            ConfigError: The text has another form, or a value is impossible.
+        """
+        kind, _, rest = text.partition(":")
+        if kind.strip() != "finetune":
+            raise ConfigError(f"--truth {text!r} must read like finetune:epochs=1,lr=0.01")
+        types = {name: type(value) for name, value in asdict(cls()).items()}
+        given: dict[str, Any] = {}
+        for part in filter(None, (part.strip() for part in rest.split(","))):
+            key, separator, value = (piece.strip() for piece in part.partition("="))
+            if key not in types:
+                raise ConfigError(f"--truth: unknown key {key!r}; there are {', '.join(types)}")
+            try:
+                given[key] = types[key](value) if separator else None
+            except ValueError:
+                given[key] = None
+            if given[key] is None:
+                kind = {int: "a whole number", float: "a number", str: "a word"}[types[key]]
+                raise ConfigError(f"--truth: {key} is {kind}, got {part!r}")
+        return cls(**given)
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the numbers of one repetition, as plain data."""
+        return {key: value for key, value in asdict(self).items() if key != "seeds"}
+
+    def training(self, network: Network, seed: int) -> TrainSettings:
+        """The same for the trainer; crops and flips are those the network was trained with."""
+        return TrainSettings(
+            epochs=self.epochs,
+            batch_size=self.batch,
+            lr=self.lr,
+            warmup_epochs=0.0,
+            crop_padding=network.input.crop_padding,
+            flip=network.input.flip,
+            precision=_PRECISIONS[self.precision],
+            seed=seed,
+            threads=1,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuned:
+    """What came of fine-tuning one policy once.
+
+    Args:
+        policy: What was fine-tuned.
+        seed: Of order and crops.
+        numbers: `held-out.error`, `test.loss` and so on; empty if it failed.
+        seconds: That it took, measuring included.
+        reason: Why there are no numbers.
+    """
+
+    policy: Policy
+    seed: int
+    numbers: Mapping[str, float]
+    seconds: float
+    reason: str | None = None
+
+
+def parts_of(recipe: Recipe, *, test: bool | None) -> tuple[str, ...]:
+    """The parts of the source that the truth is measured on.
+
+    Args:
+        recipe: Says where images come from.
+        test: Whether to use test images; None: if there are any.
+
+    Raises:
+        DataError: There are none, but they are asked for.
+    """
+    if test is False:
+        return ("held-out",)
+    try:
+        _pool(source_of(recipe), "test")
+    except DataError:
+        if test:
+            raise
+        return ("held-out",)
+    return ("test", "held-out")
+
+
+def _pool(source: DataSource, part: str) -> ImagePool:
+    return source.test() if part == "test" else source.held_out()
+
+
+class _FineTuner:
+    """Holds the images and the scorer that prepares networks; fine-tunes one after another."""
+
+    def __init__(
+        self, workload: Workload, recipe: Recipe, truth: Truth, parts: Sequence[str]
+    ) -> None:
+        device = "cuda" if recipe.run.gpus_per_worker > 0 else "cpu"
+        self._scorer = Scorer(workload, device)
+        self._workload = workload
+        self._truth = truth
+        source = source_of(recipe)
+        self._images = _training_images(source.training(), truth, recipe.data.seed)
+        pools = {part: _pool(source, part) for part in parts}
+        self._parts = {part: pool.take(np.arange(len(pool.labels))) for part, pool in pools.items()}
+
+    def run(self, policy: Policy, seed: int) -> FineTuned:
+        """Never raises for what a policy may do: the reason is part of the answer."""
+        start = time.perf_counter()
+        numbers: dict[str, float] = {}
+        reason = None
+        try:
+            # A copy: the scorer goes on to use its own.
+            module = copy.deepcopy(self._scorer.network_of(policy))
+            network = Network(spec=self._workload.spec, module=module, input=self._workload.input)
+            finetune(network, self._images, self._truth.training(network, seed))
+            for part, images in self._parts.items():
+                found = evaluate(network, images)
+                numbers |= {f"{part}.{name}": value for name, value in found.items()}
+        except Exception as exc:  # noqa: BLE001  the border of a candidate
+            numbers, reason = {}, f"{type(exc).__name__}: {exc}"[:300]
+        if not np.isfinite(list(numbers.values())).all():
+            numbers, reason = {}, "the fine-tuned network's outputs are not finite"
+        return FineTuned(
+            policy=policy,
+            seed=seed,
+            numbers=numbers,
+            seconds=time.perf_counter() - start,
+            reason=reason,
+        )
+
+
+def _training_images(pool: ImagePool, truth: Truth, seed: int) -> Images:
+    size = round(truth.fraction * len(pool.labels))
+    if size < truth.batch:
+        raise ConfigError(
+            f"--truth: fraction={truth.fraction:g} leaves {size} training images, fewer than one "
+            f"batch of {truth.batch}; enlarge fraction or lower batch"
+        )
+    if size == len(pool.labels):
+        return pool.take(np.arange(size))
+    return pool.take(balanced_subset(pool.labels, size, seed))
+
+
+def fine_tune_all(
+    workload: Workload,
+    recipe: Recipe,
+    truth: Truth,
+    parts: Sequence[str],
+    tasks: Sequence[tuple[Policy, int]],
+    record: Callable[[FineTuned], None],
+    stop: Callable[[], bool],
+) -> None:
+    """Fine-tunes each policy, on `run.workers` processes of one thread each (0: in this one).
+
+    Args:
+        workload: Prepares the networks, as the recipe's proxy does.
+        recipe: Says where images come from, and how many workers there are.
+        truth: How.
+        parts: What is measured on; from `parts_of`.
+        tasks: Policies with the seed of each repetition, in the order of dispatch.
+        record: Called once per task as it lands.
+        stop: Asked before each dispatch; once true, what is in flight is finished.
+
+    Raises:
+        ConfigError: The training part is too small.
+        BackendError: A worker died.
+    """
+    if not tasks or stop():
+        return
+    if recipe.run.workers == 0:
+        tuner = _FineTuner(workload, recipe, truth, parts)
+        for policy, seed in tasks:
+            if stop():
+                return
+            record(tuner.run(policy, seed))
+        return
+    workers = min(recipe.run.workers, len(tasks))
+    executor = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(workload, recipe, truth, tuple(parts)),
+    )
+    try:
+        _dispatch(executor, workers, tasks, record, stop)
+    except BrokenProcessPool as exc:
+        raise BackendError(
+            "a worker that fine-tuned died (short of memory?); run the same command again to go "
+            "on, perhaps with fewer --workers"
+        ) from exc
+    except BaseException:
+        # Now: whoever interrupts twice does not want to wait for what is in flight.
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _dispatch(
+    executor: ProcessPoolExecutor,
+    workers: int,
+    tasks: Sequence[tuple[Policy, int]],
+    record: Callable[[FineTuned], None],
+    stop: Callable[[], bool],
+) -> None:
+    waiting = list(reversed(tasks))
+    flying: set[Future[FineTuned]] = set()
+    while flying or (waiting and not stop()):
+        while waiting and len(flying) < workers and not stop():
+            flying.add(executor.submit(_work, *waiting.pop()))
+        landed, flying = wait(flying, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+        for future in landed:
+            record(future.result())
+
+
+_TUNER: list[_FineTuner | EvosearchError] = []  # one per worker process
+
+
+def _start_worker(workload: Workload, recipe: Recipe, truth: Truth, parts: tuple[str, ...]) -> None:
+    """Prepares a worker process: Ctrl-C is the driver's business, and its end is ours."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    try:
+        _TUNER.append(_FineTuner(workload, recipe, truth, parts))
+    except EvosearchError as exc:
+        _TUNER.append(exc)  # told by the first task: an initialiser cannot say why it failed
+
+
+def _follow_parent() -> None:
+    """Ends this process when its parent has ended, whatever it is doing."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _work(policy: Policy, seed: int) -> FineTuned:
+    tuner = _TUNER[0]
+    if isinstance(tuner, EvosearchError):
+        raise tuner
+    return tuner.run(policy, seed)

@@ -1,0 +1,116 @@
+"""Ways to score a policy, as changes to a recipe. Every (variant, metric) is one predictor."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evosearch.errors import ConfigError
+from evosearch.recipe import parse_setting
+from evosearch.scoring.proxies import PROXIES
+
+__all__ = ["VARIANTS", "Variant", "choose", "known_variants", "parse_variant"]
+
+_TABLES = ("proxy", "data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A way to score.
+
+    Args:
+        title: One line for people.
+        changes: Dotted keys of the recipe, within `proxy` and `data`, to their values.
+    """
+
+    title: str
+    changes: Mapping[str, Any]
+
+
+def _proxy(title: str, name: str, criterion: str | None = None, **more: Any) -> Variant:
+    changes = {"proxy.name": name, **{f"proxy.{key}": value for key, value in more.items()}}
+    if criterion is not None:
+        changes["proxy.criterion"] = criterion
+    return Variant(title=title, changes=changes)
+
+
+VARIANTS: dict[str, Variant] = {
+    "recipe": Variant(title="as the recipe says", changes={}),
+    "raw-l1": _proxy("cut by L1 norm (a control)", "raw", "l1"),
+    "recalibrated-l1": _proxy("cut by L1 norm, recalibrate", "recalibrated", "l1"),
+    "recalibrated-l1-250": Variant(
+        title="cut by L1 norm, recalibrate on 250 images",
+        changes={
+            "proxy.name": "recalibrated",
+            "proxy.criterion": "l1",
+            "data.calibration": 250,
+        },
+    ),
+    "compensated-l1": _proxy("cut by L1 norm, compensate, recalibrate", "compensated", "l1"),
+    "compensated-only": _proxy(
+        "cut, compensate, leave batch norm alone", "compensated", recalibrate=False
+    ),
+}
+
+
+def known_variants() -> dict[str, Variant]:
+    """All variants by name: those above, and each proxy with the recipe's other settings."""
+    plain = {name: _proxy(proxy.title, name) for name, proxy in PROXIES.items()}
+    return {**VARIANTS, **{name: v for name, v in plain.items() if name not in VARIANTS}}
+
+
+def parse_variant(text: str) -> tuple[str, Variant]:
+    """Reads `name:proxy.name=compensated,proxy.recalibrate=false`.
+
+    Raises:
+        ConfigError: The text has another form, the name is taken, or a key is not within `proxy`
+            or `data`.
+    """
+    name, separator, rest = text.partition(":")
+    name = name.strip()
+    if not separator or not name or not rest.strip():
+        raise ConfigError(
+            f"--proxy-variant {text!r} must read like mine:proxy.name=raw,proxy.criterion=l1"
+        )
+    if name in known_variants() or name == "all":
+        raise ConfigError(f"--proxy-variant {text!r}: there is a variant {name!r} already")
+    changes = {}
+    for setting in rest.split(","):
+        keys, value = parse_setting(setting, "--proxy-variant")
+        if keys[0] not in _TABLES or len(keys) != 2:
+            raise ConfigError(
+                f"--proxy-variant {text!r}: {'.'.join(keys)} is no key of proxy or data, such as "
+                "proxy.criterion"
+            )
+        changes[".".join(keys)] = value
+    return name, Variant(title=rest.strip(), changes=changes)
+
+
+def choose(names: str, own: Sequence[str]) -> dict[str, Variant]:
+    """The variants of a study by name.
+
+    Args:
+        names: Names separated by commas, or `all`.
+        own: Texts for `parse_variant`; these always take part.
+
+    Raises:
+        ConfigError: An unknown name, or a wrong text.
+    """
+    known = known_variants()
+    mine: dict[str, Variant] = {}
+    for text in own:
+        name, variant = parse_variant(text)
+        if name in mine:
+            raise ConfigError(f"--proxy-variant {name}: named twice")
+        mine[name] = variant
+    wanted = list(known) if names == "all" else [name.strip() for name in names.split(",")]
+    wanted = [name for name in wanted if name]
+    for name in wanted:
+        if name not in known and name not in mine:
+            raise ConfigError(
+                f"--proxies: no proxy variant {name!r}; there are {', '.join((*known, *mine))}, "
+                "or all"
+            )
+    chosen = {name: known[name] for name in wanted if name in known} | mine
+    if not chosen:
+        raise ConfigError("--proxies names no variant; leave it out for all of them")
+    return chosen

@@ -1,0 +1,66 @@
+"""Short fine-tuning of a pruned network: what a proxy tries to predict.
+
+The steps are those of the baselines, without a warm-up: one cosine from the peak down to zero.
+Equal networks with equal settings give equal numbers on one machine: one thread, and every random
+choice follows from the seed.
+"""
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from evosearch.data import Images
+from evosearch.networks import Network
+from evosearch.training.baseline import TrainSettings, make_optimiser, train_epoch
+
+__all__ = ["evaluate", "finetune"]
+
+
+def finetune(network: Network, images: Images, settings: TrainSettings) -> float:
+    """Trains a network in place, and leaves it in evaluation mode.
+
+    Args:
+        network: Its parameters become trainable float32.
+        images: To train on; at least one batch.
+        settings: How.
+
+    Returns:
+        Mean training loss of the last epoch, on augmented images.
+
+    Raises:
+        ConfigError: The loss became infinite.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    module = network.module.float().to(memory_format=torch.channels_last)
+    for parameter in module.parameters():
+        parameter.requires_grad_()
+    try:
+        optimiser = make_optimiser(module, settings)
+        loss = np.nan
+        for epoch in range(settings.epochs):
+            loss, _ = train_epoch(network, images, optimiser, settings, epoch)
+    finally:
+        torch.set_num_threads(before)
+        module.eval()
+    return float(loss)
+
+
+@torch.inference_mode()
+def evaluate(network: Network, images: Images, batch_size: int = 128) -> dict[str, float]:
+    """Top-1 error and mean cross-entropy on images as they are, in float32, on one thread."""
+    network.module.eval()
+    device = next(network.module.parameters()).device
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    wrong, loss = 0, 0.0
+    try:
+        for start in range(0, len(images), batch_size):
+            part = slice(start, start + batch_size)
+            logits = network.module(network.normalise(images.pixels[part]).to(device)).double()
+            labels = torch.from_numpy(images.labels[part]).to(device)
+            wrong += int((logits.argmax(1) != labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    finally:
+        torch.set_num_threads(before)
+    return {"error": wrong / len(images), "loss": loss / len(images)}
