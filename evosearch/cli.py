@@ -271,18 +271,13 @@ def _tell_fidelity(finished: "Fidelity") -> None:
     from evosearch.results.report import fidelity_table
 
     comparison = finished.comparison
+    console = Console(width=None if sys.stdout.isatty() else 110)
     for name in comparison.sets:
-        for truth in comparison.truths[:1]:
-            findings = comparison.of(name, truth)
-            if not findings:
-                continue
-            n = max(finding.correlation.n for finding in findings)
-            Console().print(
-                fidelity_table(f"{name}: {n} policies against {truth} when fine-tuned", findings)
-            )
-            reliability = comparison.reliability.get((name, truth))
-            if reliability is not None:
-                typer.echo(f"truth against its own repetition: tau {reliability.tau:.3f}")
+        findings = comparison.of(name)
+        if findings:
+            console.print(fidelity_table(comparison.title(name), findings))
+            for line in comparison.remarks(name):
+                typer.echo(line)
     if comparison.failures:
         typer.echo(f"failed             {len(comparison.failures)}: {comparison.failures[0]}")
     for path in finished.files:

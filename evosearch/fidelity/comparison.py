@@ -92,9 +92,36 @@ class Comparison:
         """Names of the sets."""
         return tuple(dict.fromkeys(row.policies for row in self.rows))
 
-    def of(self, policies: str, truth: str) -> list[Finding]:
-        """The findings of one set and one truth."""
+    def of(self, policies: str, truth: str | None = None) -> list[Finding]:
+        """The findings of one set and one truth, the main one if None."""
+        truth = truth or next(iter(self.truths), None)
         return [f for f in self.findings if f.policies == policies and f.truth == truth]
+
+    def title(self, policies: str) -> str:
+        """One line on a set: how many policies, at which costs, how different their truths."""
+        rows = [row for row in self.rows if row.policies == policies]
+        shares = [row.share for row in rows]
+        main = self.truths[0]
+        truths = [row.truth[main] for row in rows if main in row.truth]
+        return (
+            f"{policies}: {len(truths)} policies at {min(shares):.1%} to {max(shares):.1%} of "
+            f"MACs; fine-tuned {main} {min(truths):.4f} to {max(truths):.4f}"
+        )
+
+    def remarks(self, policies: str) -> list[str]:
+        """What else there is to know before a table is believed."""
+        rows = [row for row in self.rows if row.policies == policies]
+        lines = []
+        missing = sum(not row.truth for row in rows)
+        if missing:
+            lines.append(f"not yet fine-tuned {missing} of {len(rows)} policies")
+        ceiling = self.reliability.get((policies, self.truths[0]))
+        if ceiling is not None:
+            lines.append(
+                f"ceiling            tau {ceiling.tau:.3f} ({ceiling.tau_low:.2f} to "
+                f"{ceiling.tau_high:.2f}) between repetitions of the truth"
+            )
+        return lines
 
 
 def compare(

@@ -14,7 +14,7 @@ from evosearch.errors import ConfigError, ConfigMismatch
 from evosearch.fidelity.comparison import Comparison, compare
 from evosearch.fidelity.drawing import Band, draw, elite
 from evosearch.fidelity.journal import Journal
-from evosearch.fidelity.truth import FineTuned, Truth, fine_tune_all, parts_of
+from evosearch.fidelity.truth import FineTuned, Truth, check_images, fine_tune_all, parts_of
 from evosearch.fidelity.variants import Variant, choose
 from evosearch.fidelity.writing import write_files
 from evosearch.ledger import Ledger
@@ -22,6 +22,7 @@ from evosearch.measurement import Measurement
 from evosearch.policy import Policy
 from evosearch.recipe import Recipe, change_recipe, check_recipe, load_recipe, parse_setting
 from evosearch.run import Observer, StopSignal
+from evosearch.scoring.proxies import proxy_named
 
 __all__ = ["Finished", "Options", "study", "subject"]
 
@@ -114,17 +115,19 @@ def study(
         EvosearchError: Something is wrong with recipe, run, options or directory.
     """
     observer.phase(f"preparing {recipe.network.name}")
+    variants = _distinct(options.variants, recipe)
+    check_images(recipe, options.truth)
     assembled = assemble(recipe)
     parts = parts_of(recipe, test=options.test)
-    if "test" not in parts:
+    if options.test is None and "test" not in parts:
         observer.phase("the truth is measured on held-out images, as there are no test images")
     with Journal.open(directory, _settings(assembled, options, parts)) as journal:
         stop = StopSignal(observer)
         with stop.installed():
             sets = _policies(assembled, run, options, journal)
             everybody = list(dict.fromkeys(policy for chosen in sets.values() for policy in chosen))
-            _register(options.variants, journal)
-            for name, variant in options.variants.items():
+            _register(variants, journal)
+            for name, variant in variants.items():
                 _score(name, variant, assembled, everybody, journal, stop, observer)
             _fine_tune(assembled, options, parts, everybody, journal, stop, observer)
         observer.phase("comparing")
@@ -132,7 +135,7 @@ def study(
             journal,
             sets,
             assembled.workload.plan.table,
-            variants=list(options.variants),
+            variants=list(variants),
             seeds=options.truth.seeds,
             parts=parts,
             seed=options.seed,
@@ -179,6 +182,26 @@ def _policies(
                 journal.append("policy", set=name, keep=policy.keep)
                 known[name].append(policy)
     return {name: tuple(policies[:n]) for name, policies in known.items() if policies}
+
+
+def _distinct(variants: Mapping[str, Variant], recipe: Recipe) -> dict[str, Variant]:
+    """Without `recipe` where another variant is the very same, as nothing is learned from both.
+
+    Raises:
+        ConfigError: A variant sets what cannot be set; names it and the field.
+    """
+    changed = {
+        name: change_recipe(recipe, variant.changes, f"proxy variant {name!r}")
+        for name, variant in variants.items()
+    }
+    for other in changed.values():
+        proxy_named(other.proxy.name)
+    others = [other for name, other in changed.items() if name != "recipe"]
+    return {
+        name: variant
+        for name, variant in variants.items()
+        if name != "recipe" or changed[name] not in others
+    }
 
 
 def _register(variants: Mapping[str, Variant], journal: Journal) -> None:

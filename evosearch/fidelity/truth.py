@@ -31,7 +31,7 @@ from evosearch.scoring.workload import Workload
 from evosearch.training import TrainSettings
 from evosearch.training.finetune import evaluate, finetune
 
-__all__ = ["FineTuned", "Truth", "fine_tune_all", "parts_of"]
+__all__ = ["FineTuned", "Truth", "check_images", "fine_tune_all", "parts_of"]
 
 _POLL_S = 0.5
 _PRECISIONS = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
@@ -162,6 +162,15 @@ def parts_of(recipe: Recipe, *, test: bool | None) -> tuple[str, ...]:
     return ("test", "held-out")
 
 
+def check_images(recipe: Recipe, truth: Truth) -> None:
+    """Checks that there is enough to train on, before anything is scored.
+
+    Raises:
+        ConfigError: The share of the training images is less than one batch.
+    """
+    _size(len(source_of(recipe).training().labels), truth)
+
+
 def _pool(source: DataSource, part: str) -> ImagePool:
     return source.test() if part == "test" else source.held_out()
 
@@ -207,13 +216,19 @@ class _FineTuner:
         )
 
 
-def _training_images(pool: ImagePool, truth: Truth, seed: int) -> Images:
-    size = round(truth.fraction * len(pool.labels))
+def _size(images: int, truth: Truth) -> int:
+    """How many of the training images are used."""
+    size = round(truth.fraction * images)
     if size < truth.batch:
         raise ConfigError(
             f"--truth: fraction={truth.fraction:g} leaves {size} training images, fewer than one "
             f"batch of {truth.batch}; enlarge fraction or lower batch"
         )
+    return size
+
+
+def _training_images(pool: ImagePool, truth: Truth, seed: int) -> Images:
+    size = _size(len(pool.labels), truth)
     if size == len(pool.labels):
         return pool.take(np.arange(size))
     return pool.take(balanced_subset(pool.labels, size, seed))
@@ -286,7 +301,13 @@ def _dispatch(
     flying: set[Future[FineTuned]] = set()
     while flying or (waiting and not stop()):
         while waiting and len(flying) < workers and not stop():
-            flying.add(executor.submit(_work, *waiting.pop()))
+            # A worker that starts now inherits the mask: Ctrl-C must not end it before it can
+            # say that it does not listen.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                flying.add(executor.submit(_work, *waiting.pop()))
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         landed, flying = wait(flying, timeout=_POLL_S, return_when=FIRST_COMPLETED)
         for future in landed:
             record(future.result())

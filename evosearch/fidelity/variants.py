@@ -46,6 +46,10 @@ VARIANTS: dict[str, Variant] = {
         },
     ),
     "compensated-l1": _proxy("cut by L1 norm, compensate, recalibrate", "compensated", "l1"),
+    "compensated-250": Variant(
+        title="cut, compensate, recalibrate, all on 250 images",
+        changes={"proxy.name": "compensated", "data.calibration": 250, "data.validation": 250},
+    ),
     "compensated-only": _proxy(
         "cut, compensate, leave batch norm alone", "compensated", recalibrate=False
     ),

@@ -38,7 +38,7 @@ def write_files(comparison: Comparison, directory: Path) -> tuple[Path, ...]:
     files = [table, policies, data]
     main = comparison.truths[0]
     for name in comparison.sets:
-        findings = comparison.of(name, main)
+        findings = comparison.of(name)
         if not findings:
             continue
         ceiling = comparison.reliability.get((name, main))

@@ -72,6 +72,8 @@ def plot_front(results: Results, path: Path) -> None:
 
 
 _LEARNED_SHOWN = 3
+# What costs nothing still needs a place on a logarithmic axis.
+_FREE_S = 1e-3
 
 
 def _best(findings: Sequence[Finding]) -> list[Finding]:
@@ -100,39 +102,29 @@ def plot_fidelity(findings: Sequence[Finding], ceiling: float | None, path: Path
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    shown = _best(findings)
     axes.set_xscale("log")
-    for finding in shown:
+    for number, finding in enumerate(_best(findings), start=1):
         found = finding.correlation
-        # What costs next to nothing still needs a place on a logarithmic axis.
-        x = max(finding.seconds, 1e-3)
+        place = (max(finding.seconds, _FREE_S), found.tau)
         axes.errorbar(
-            x,
-            found.tau,
+            *place,
             # With few policies and ties the interval may end short of the value itself.
             yerr=np.maximum([[found.tau - found.tau_low], [found.tau_high - found.tau]], 0),
             fmt="D" if finding.learned else "o",
             color="C1" if finding.learned else "C0",
-            ecolor="0.8",
-            ms=5,
+            ecolor="0.85",
+            ms=10,
+            label=f"{number}  {found.tau:.2f}  {finding.predictor} ({finding.metric})",
         )
-        axes.annotate(
-            f"{finding.predictor} ({finding.metric})",
-            (x, found.tau),
-            textcoords="offset points",
-            xytext=(6, 3),
-            fontsize=7,
-        )
+        # Names would cover each other: numbers stand in the dots, names in the legend.
+        axes.annotate(str(number), place, ha="center", va="center", fontsize=6, color="w", zorder=9)
     if ceiling is not None and np.isfinite(ceiling):
         axes.axhline(ceiling, color="0.4", lw=0.8, ls=":", label="truth against its repetition")
-        axes.legend(frameon=False, loc="lower right")
-    axes.margins(x=0.25)
     axes.set_xlabel("seconds per policy")
-    axes.set_ylabel("Kendall's tau against fine-tuning")
-    if shown:
-        axes.set_title(f"{shown[0].policies} policies: {shown[0].correlation.n}")
+    axes.set_ylabel("Kendall's tau against fine-tuning, 95% interval")
     axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=7)
     figure.savefig(path, dpi=150, metadata={"Software": "evosearch"})

@@ -1,0 +1,130 @@
+"""The fidelity command from end to end, on the tiny network."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+
+import pandas as pd
+
+from tests.integration.conftest import Cli
+
+TRUTH = "finetune:fraction=0.3,batch=64"
+
+
+def study(recipe: str, *more: str, out: str = "study", truth: str = TRUTH) -> list[str]:
+    return [
+        *("fidelity", recipe, "--policies", "6", "--truth", truth, "--out", out),
+        *("--proxies", "raw,recalibrated-l1,compensated", *more),
+    ]
+
+
+def numbers(cli: Cli, out: str) -> pd.DataFrame:
+    table = pd.read_csv(cli.folder / out / "policies.csv")
+    return table[[name for name in table if "seconds" not in name]]
+
+
+def test_a_study_ends_with_a_table_and_continues_where_it_ended(
+    cli: Cli, recipe: Callable[..., str]
+) -> None:
+    said = cli.run(*study(recipe())).stdout
+    assert "random: 6 policies at 4" in said
+    found = pd.read_csv(cli.folder / "study" / "fidelity.csv")
+    assert set(found.predictor) == {"raw", "recalibrated-l1", "compensated", "fine-tuned"}
+    assert {"error", "loss", "divergence"} <= set(found.metric)
+    assert found.tau.dropna().between(-1, 1).all()
+    assert (found.tau_low.dropna() <= found.tau_high.dropna()).all()
+    assert set(found.truth) == {
+        f"{part}.{number}" for part in ("test", "held-out") for number in ("error", "loss")
+    }
+    for name in ("fidelity.png", "fidelity.json"):
+        assert (cli.folder / "study" / name).stat().st_size > 1000
+    policies = pd.read_csv(cli.folder / "study" / "policies.csv")
+    assert policies.macs.between(0.46, 0.54).all()
+    assert policies["test.error"].min() < policies["test.error"].max()
+
+    # Nothing is done twice: the journal only grows by what is new.
+    journal = (cli.folder / "study" / "fidelity.jsonl").read_text()
+    assert cli.run(*study(recipe())).stdout == said
+    assert (cli.folder / "study" / "fidelity.jsonl").read_text() == journal
+
+    # More policies continue; in other processes the numbers are the same.
+    more = study(recipe(), "--workers", "2")
+    more[more.index("--policies") + 1] = "10"
+    assert "learned: all" in cli.run(*more).stdout
+    assert (cli.folder / "study" / "fidelity.jsonl").read_text().startswith(journal)
+    again = study(recipe(), out="again")
+    again[again.index("--policies") + 1] = "10"
+    cli.run(*again)
+    pd.testing.assert_frame_equal(numbers(cli, "study"), numbers(cli, "again"))
+
+    refused = cli.run(*study(recipe(), truth="finetune:lr=0.5"), code=2).stderr
+    assert "truth.batch = 64, now it is 128; name another --out" in refused
+
+
+def test_a_killed_study_loses_at_most_what_was_in_flight(
+    cli: Cli, recipe: Callable[..., str]
+) -> None:
+    whole, killed = study(recipe(), out="whole"), study(recipe(), out="killed")
+    cli.run(*whole)
+    path = cli.folder / "killed" / "fidelity.jsonl"
+    for wanted in ('"kind":"score"', '"kind":"truth"'):
+        process = cli.start(*killed)
+        while process.poll() is None and (not path.exists() or wanted not in path.read_text()):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    cli.run(*killed)
+    pd.testing.assert_frame_equal(numbers(cli, "whole"), numbers(cli, "killed"))
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for kind, names in (("score", ("variant", "keep")), ("truth", ("keep", "seed"))):
+        keys = [str([r[name] for name in names]) for r in records if r["kind"] == kind]
+        assert len(keys) == len(set(keys))
+
+
+def test_interrupted_study_exits_130_and_continues(cli: Cli, recipe: Callable[..., str]) -> None:
+    process = cli.start(*study(recipe(), truth="finetune:epochs=2,batch=64"))
+    path = cli.folder / "study" / "fidelity.jsonl"
+    while process.poll() is None and (not path.exists() or '"truth"' not in path.read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in err
+    assert "Traceback" not in err
+    assert (
+        "not yet fine-tuned"
+        not in cli.run(*study(recipe(), truth="finetune:epochs=2,batch=64")).stdout
+    )
+
+
+def test_a_run_adds_its_own_policies(cli: Cli, recipe: Callable[..., str]) -> None:
+    cli.run("launch", recipe(), "--out", "run", "--evaluations", "24")
+    said = cli.run(
+        *study("run", "--truth-on", "held-out", truth=f"{TRUTH},seeds=2", out="run/fidelity")
+    ).stdout
+    assert "elite: 6 policies" in said
+    assert "between repetitions of the truth" in said
+    found = pd.read_csv(cli.folder / "run" / "fidelity" / "fidelity.csv")
+    assert set(found["set"]) == {"random", "elite"}
+    assert set(found.truth) == {"held-out.error", "held-out.loss"}
+    assert (cli.folder / "run" / "fidelity" / "fidelity-elite.png").stat().st_size > 1000
+
+
+def test_mistakes_are_told_before_anything_is_measured(
+    cli: Cli, recipe: Callable[..., str]
+) -> None:
+    name = recipe()
+    for options, told in (
+        (["--macs", "0.0001,0.0002"], "is out of reach; within the bounds of the space MACs"),
+        (["--policies", "3"], "--policies 3: at least 5 are needed"),
+        (["--proxies", "magic"], "no proxy variant 'magic'; there are"),
+        (["--truth", "finetune:epoch=1"], "unknown key 'epoch'"),
+        (["--truth", "finetune:fraction=0.01"], "fewer than one batch of 128"),
+        (["--truth-on", "train"], "--truth-on is test or held-out"),
+        (["--proxy-variant", "x:proxy.name=magic"], "no proxy 'magic'"),
+        (["--proxy-variant", "x:proxy.nam=raw"], "did you mean 'name'"),
+    ):
+        assert told in cli.run("fidelity", name, "--out", "out", *options, code=2).stderr
+    journal = cli.folder / "out" / "fidelity.jsonl"
+    assert not journal.exists() or '"score"' not in journal.read_text()
