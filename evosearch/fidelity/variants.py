@@ -37,18 +37,19 @@ VARIANTS: dict[str, Variant] = {
     "recipe": Variant(title="as the recipe says", changes={}),
     "raw-l1": _proxy("cut by L1 norm (a control)", "raw", "l1"),
     "recalibrated-l1": _proxy("cut by L1 norm, recalibrate", "recalibrated", "l1"),
-    "recalibrated-l1-250": Variant(
-        title="cut by L1 norm, recalibrate on 250 images",
-        changes={
-            "proxy.name": "recalibrated",
-            "proxy.criterion": "l1",
-            "data.calibration": 250,
-        },
+    "recalibrated-l1-128": _proxy(
+        "cut by L1 norm, recalibrate on 128 images", "recalibrated", "l1", recalibration_images=128
     ),
     "compensated-l1": _proxy("cut by L1 norm, compensate, recalibrate", "compensated", "l1"),
     "compensated-250": Variant(
         title="cut, compensate, recalibrate, all on 250 images",
         changes={"proxy.name": "compensated", "data.calibration": 250, "data.validation": 250},
+    ),
+    "compensated-128": _proxy(
+        "cut, compensate, recalibrate on 128 images", "compensated", recalibration_images=128
+    ),
+    "compensated-float32": _proxy(
+        "cut, compensate, recalibrate, all in float32", "compensated", precision="float32"
     ),
     "compensated-only": _proxy(
         "cut, compensate, leave batch norm alone", "compensated", recalibrate=False
