@@ -14,7 +14,7 @@ import torch
 import evosearch
 from tests.integration.conftest import Cli
 
-COMMANDS = ["launch", "resume", "status", "export", "profile", "train", "list"]
+COMMANDS = ["launch", "resume", "status", "export", "profile", "fidelity", "train", "list"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -38,6 +38,7 @@ def test_help_is_instant_and_has_an_example(command: str) -> None:
         ("algorithms", "gde3"),
         ("criteria", "residual-energy"),
         ("proxies", "compensated"),
+        ("variants", "recalibrated-l1"),
         ("networks", "resnet110"),
         ("datasets", "cifar10-sample"),
     ],

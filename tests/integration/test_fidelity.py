@@ -2,12 +2,17 @@
 
 import json
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pandas as pd
-import pytest
 
+from evosearch.assembly import assemble
+from evosearch.fidelity.drawing import Band, draw
+from evosearch.fidelity.truth import FineTuned, Truth, fine_tune_all
+from evosearch.recipe import change_recipe, load_recipe
 from tests.integration.conftest import Cli
 
 TRUTH = "finetune:fraction=0.3,batch=64"
@@ -23,6 +28,12 @@ def study(recipe: str, *more: str, out: str = "study", truth: str = TRUTH) -> li
 def numbers(cli: Cli, out: str) -> pd.DataFrame:
     table = pd.read_csv(cli.folder / out / "policies.csv")
     return table[[name for name in table if "seconds" not in name]]
+
+
+def wait_for(process: subprocess.Popen[str], path: Path, wanted: str) -> None:
+    """Returns when a text stands in a file, or the process has ended."""
+    while process.poll() is None and (not path.exists() or wanted not in path.read_text()):
+        time.sleep(0.01)
 
 
 def test_a_study_ends_with_a_table_and_continues_where_it_ended(
@@ -53,13 +64,31 @@ def test_a_study_ends_with_a_table_and_continues_where_it_ended(
     assert "truth.batch = 64, now it is 128; name another --out" in refused
 
 
-@pytest.mark.ray
 def test_workers_find_the_same_numbers(cli: Cli, recipe: Callable[..., str]) -> None:
-    options = ("--proxies", "raw", "--truth-on", "held-out", "--policies", "10")
-    said = cli.run(*study(recipe(), *options, "--workers", "2", out="apart")).stdout
-    assert "learned: raw" in said
-    cli.run(*study(recipe(), *options, out="here"))
-    pd.testing.assert_frame_equal(numbers(cli, "apart"), numbers(cli, "here"))
+    here = load_recipe(str(cli.folder / recipe()))
+    assembled = assemble(here)
+    policies = draw(
+        assembled.space, assembled.workload.plan.table, Band(low=0.3, high=0.7), 3, seed=0
+    )
+    truth = Truth.parse(f"{TRUTH},seeds=2")
+    found: list[dict[tuple[object, ...], Mapping[str, float]]] = []
+    for workers in (0, 2):
+        landed: list[FineTuned] = []
+        there = change_recipe(here, {"run.workers": workers}, "test")
+        fine_tune_all(
+            assembled.workload,
+            there,
+            truth,
+            ("held-out",),
+            [(policy, seed) for policy in policies for seed in (0, 1)],
+            landed.append,
+            lambda: False,
+        )
+        found.append({(result.policy, result.seed): result.numbers for result in landed})
+    assert len(found[0]) == 6
+    assert found[0] == found[1]
+    # Another seed is another order of images: repetitions tell something.
+    assert found[0][policies[0], 0] != found[0][policies[0], 1]
 
 
 def test_a_killed_study_loses_at_most_what_was_in_flight(
@@ -70,8 +99,7 @@ def test_a_killed_study_loses_at_most_what_was_in_flight(
     path = cli.folder / "killed" / "fidelity.jsonl"
     for wanted in ('"kind":"score"', '"kind":"truth"'):
         process = cli.start(*killed)
-        while process.poll() is None and (not path.exists() or wanted not in path.read_text()):
-            time.sleep(0.01)
+        wait_for(process, path, wanted)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     # More policies continue the same study.
@@ -86,7 +114,9 @@ def test_a_killed_study_loses_at_most_what_was_in_flight(
 def test_interrupted_study_exits_130_and_continues(cli: Cli, recipe: Callable[..., str]) -> None:
     process = cli.start(*study(recipe(), truth="finetune:epochs=2,batch=64"))
     path = cli.folder / "study" / "fidelity.jsonl"
-    while process.poll() is None and (not path.exists() or '"truth"' not in path.read_text()):
+    while process.poll() is None and (
+        not path.exists() or '"kind":"truth"' not in path.read_text()
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -182,7 +182,7 @@ def test_command_line_shows_its_help_without_anything_heavy() -> None:
     statements = (
         "from typer.testing import CliRunner\n"
         "from evosearch.cli import app\n"
-        "for words in ([], ['launch'], ['resume'], ['status'], ['list']):\n"
+        "for words in ([], ['launch'], ['resume'], ['status'], ['fidelity'], ['list']):\n"
         "    assert CliRunner().invoke(app, [*words, '--help']).exit_code == 0, words"
     )
     assert loaded_after(statements) == []
