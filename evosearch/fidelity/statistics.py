@@ -12,6 +12,7 @@ References:
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,16 +83,18 @@ def _signs(values: FloatArray) -> FloatArray:
     return np.sign(values[:, None] - values[None, :])
 
 
-def _resampled(n: int, seed: int) -> NDArray[np.int64]:
-    """`(RESAMPLES, n)` indices; the same for all predictors of n policies."""
-    return np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+@lru_cache(maxsize=8)
+def _resampled(n: int, resamples: int, seed: int) -> NDArray[np.int64]:
+    """`(resamples, n)` indices; the same for all predictors of n policies."""
+    return np.random.default_rng(seed).integers(0, n, (resamples, n))
 
 
-def _counts(chosen: NDArray[np.int64]) -> FloatArray:
+@lru_cache(maxsize=8)
+def _counts(n: int, resamples: int, seed: int) -> FloatArray:
     """`(resamples, n)` how often each policy was drawn."""
-    counts = np.zeros(chosen.shape)
-    rows = np.repeat(np.arange(len(chosen)), chosen.shape[1])
-    np.add.at(counts, (rows, chosen.ravel()), 1)
+    counts = np.zeros((resamples, n))
+    rows = np.repeat(np.arange(resamples), n)
+    np.add.at(counts, (rows, _resampled(n, resamples, seed).ravel()), 1)
     return counts
 
 
@@ -160,8 +163,8 @@ def correlate(predicted: FloatArray, truth: FloatArray, seed: int = 0) -> Correl
     n = len(truth)
     if n < 2 or np.ptp(predicted) == 0 or np.ptp(truth) == 0:
         return Correlation(n=n, **dict.fromkeys(_NUMBERS, np.nan))
-    chosen = _resampled(n, seed)
-    taus = _pairs(predicted, truth).tau(_counts(chosen))
+    chosen = _resampled(n, RESAMPLES, seed)
+    taus = _pairs(predicted, truth).tau(_counts(n, RESAMPLES, seed))
     rhos = _rows_rho(predicted[chosen], truth[chosen])
     (tau_low, tau_high), (rho_low, rho_high) = _interval(taus), _interval(rhos)
     return Correlation(
@@ -280,7 +283,7 @@ def cross_validate(
             rhos.append(float(spearmanr(predicted, truth[held_out]).statistic))
             sizes.append(len(held_out))
     pairs = _Pairs(*sums)
-    low, high = _interval(pairs.tau(_counts(_resampled(n, seed))))
+    low, high = _interval(pairs.tau(_counts(n, RESAMPLES, seed)))
     correlation = Correlation(
         n=n,
         tau=float(pairs.tau(np.ones((1, n)))[0]),

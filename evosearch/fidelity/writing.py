@@ -125,5 +125,8 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
         "reliability": _named({key: _numbers(c) for key, c in comparison.reliability.items()}),
         "models": _named(comparison.models),
         "failures": list(comparison.failures),
-        "policies": [{**asdict(row), "policy": row.policy.digest} for row in comparison.rows],
+        "policies": [
+            {**asdict(row), "policy": row.policy.digest, "keep": row.policy.keep}
+            for row in comparison.rows
+        ],
     }
