@@ -24,15 +24,15 @@ class Policy:
     keep: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not all(type(count) is int for count in self.keep):  # True is an int, but no count
+        if not set(map(type, self.keep)) <= {int}:  # True is an int, but no count
             raise PolicyError(f"a policy keeps whole channels, got {self.keep}")
-        empty = [group for group, count in enumerate(self.keep) if count < 1]
-        if empty:
+        if min(self.keep, default=1) < 1:
+            empty = [group for group, count in enumerate(self.keep) if count < 1]
             raise PolicyError(f"groups {empty} would lose every channel; keep at least 1")
 
     def to_json(self) -> str:
         """The one JSON text of this policy."""
-        return json.dumps({"keep": self.keep}, separators=(",", ":"))
+        return f'{{"keep":[{",".join(map(str, self.keep))}]}}'
 
     @classmethod
     def from_json(cls, text: str) -> "Policy":

@@ -94,8 +94,10 @@ class Search:
         self._scoring = scoring
         self._ledger = ledger
         self._track = track
-        self._known = ledger.measurements()
+        # Of the current generation only: what a search holds must not grow with what it has done.
+        self._known: dict[str, Measurement] = {}
         self._paid: set[str] = set()
+        self._recorded_generations = ledger.generations() if track == SEARCH else 0
 
     def run(
         self, evaluations: int, on_landing: Callable[[Measurement, int], None] | None = None
@@ -117,6 +119,7 @@ class Search:
             policies = self._space.decode(genomes)
             costs = self._costs(policies)
             self._remember_ask(generation, policies, costs)
+            self._known = self._ledger.known(policies)
             before = len(self._paid)
             complete = self._measure(policies, costs, evaluations, on_landing)
             if not complete:
@@ -204,8 +207,8 @@ class Search:
         return np.array(objectives), np.array(violations)
 
     def _remember_population(self, generation: int) -> None:
-        if self._track != SEARCH:
-            return
+        if self._track != SEARCH or generation < self._recorded_generations:
+            return  # ranking and decoding it again would be half of a replay
         population = self._algorithm.population
         rank, crowding = population.ranks_and_crowding()
         policies = self._space.decode(population.genomes)

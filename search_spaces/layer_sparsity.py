@@ -137,7 +137,7 @@ class LayerSparsity:
         sparsity = self._low + genomes[:, self._gene_of] * (self._high - self._low)
         wanted = self._table.channels * (1 - sparsity)
         keep = self._project(wanted) if self.options.project_onto else self._round(wanted)
-        return [Policy(tuple(int(count) for count in row)) for row in keep]
+        return [Policy(tuple(row)) for row in keep.tolist()]
 
     def encode(self, policy: Policy) -> FloatArray:
         """A genome that decodes to the policy, or near it if genes are shared or budgets spent."""

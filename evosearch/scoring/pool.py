@@ -7,26 +7,22 @@ import contextlib
 import logging
 import os
 import socket
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from evosearch.errors import BackendError, ConfigError
-from evosearch.measurement import Measurement, Status
+from evosearch.errors import BackendError, ConfigError, WorkerLost
+from evosearch.measurement import Measurement
 from evosearch.policy import Policy
+from evosearch.scoring.dispatch import Dispatcher, Record, Stop
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.workload import Workload
 
-__all__ = ["InProcessPool", "Pool", "PoolSettings", "RayPool", "make_pool"]
-
-Record = Callable[[Measurement], None]
-Stop = Callable[[], bool]
+__all__ = ["InProcessPool", "Pool", "PoolSettings", "RayPool", "RayTransport", "make_pool"]
 
 _START_TIMEOUT_S = 300.0
 _ANSWER_TIMEOUT_S = 5.0
-_POLL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +76,6 @@ class InProcessPool:
         """Nothing to free."""
 
 
-@dataclass(eq=False)
-class _Flight:
-    """A policy on its way."""
-
-    policy: Policy
-    actor: Any
-    deadline: float
-    attempt: int
-
-
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
     """Lets no exception of Ray leave this module."""
@@ -104,11 +90,68 @@ def _translated() -> Iterator[None]:
         raise BackendError(f"Ray failed: {first[0]}; try --workers 0") from exc
 
 
+class RayTransport:
+    """Actors with the methods `ready()` and `score(policy)`; see `Transport`.
+
+    Args:
+        start: Starts an actor.
+        workers: How many.
+    """
+
+    def __init__(self, start: Callable[[], Any], workers: int) -> None:
+        import ray
+
+        self._ray = ray
+        self._start = start
+        self._actors = [start() for _ in range(workers)]
+
+    @property
+    def workers(self) -> int:
+        """How many there are."""
+        return len(self._actors)
+
+    def ready(self) -> list[Any]:
+        """References that are there once all actors are."""
+        return [actor.ready.remote() for actor in self._actors]
+
+    def submit(self, worker: int, policy: Policy) -> Hashable:
+        """See Transport."""
+        with _translated():
+            reference: Hashable = self._actors[worker].score.remote(policy)
+            return reference
+
+    def wait(self, handles: Sequence[Hashable], timeout_s: float) -> Sequence[Hashable]:
+        """See Transport. One at a time: asking for all that are done costs more than it saves."""
+        with _translated():
+            done: list[Hashable] = self._ray.wait(list(handles), timeout=timeout_s)[0]
+            return done
+
+    def result(self, handle: Hashable) -> Measurement | None:
+        """See Transport."""
+        try:
+            measurement: Measurement | None = self._ray.get(handle)  # type: ignore[call-overload]
+        except self._ray.exceptions.RayError as exc:
+            raise WorkerLost(str(exc).strip().splitlines()[0]) from exc
+        return measurement
+
+    def replace(self, worker: int) -> Hashable:
+        """See Transport."""
+        with _translated():
+            self._ray.kill(self._actors[worker])
+            self._actors[worker] = self._start()
+            reference: Hashable = self._actors[worker].ready.remote()
+            return reference
+
+    def kill_all(self) -> None:
+        """Ends all actors."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+
+
 class RayPool:
     """Long-lived Ray actors that hold network, images and statistics.
 
-    A policy goes out, a measurement comes back. A scorer that dies or hangs is replaced; its
-    candidate is tried once more when it died, and recorded as failed the second time.
+    A policy goes out, a measurement comes back; see `Dispatcher` for scorers that die or hang.
 
     Args:
         workload: What to score with; put into the object store once.
@@ -123,103 +166,39 @@ class RayPool:
             _prepare_joining(settings.ray_address)
         import ray
 
-        self._settings = settings
         self._ray = ray
         self._owns_cluster = not ray.is_initialized()
         with _translated():
             if self._owns_cluster:
                 _start_cluster(ray, workload, settings)
-            self._workload = ray.put(workload)
-            self._remote = _remote_scorer(ray, settings)
-            self._actors = [self._new_actor() for _ in range(settings.workers)]
+            reference = ray.put(workload)
+            remote = _remote_scorer(ray, settings)
+            self._transport = RayTransport(lambda: remote.remote(reference), settings.workers)
         try:
             self._wait_until_ready()
         except BaseException:
             self.close()
             raise
-
-    def _new_actor(self) -> Any:
-        return self._remote.remote(self._workload)
+        self._dispatcher = Dispatcher(self._transport, settings.timeout_s)
 
     def _wait_until_ready(self) -> None:
         with _translated():
-            ready = [actor.ready.remote() for actor in self._actors]
             try:
-                self._ray.get(ready, timeout=_START_TIMEOUT_S)
+                self._ray.get(self._transport.ready(), timeout=_START_TIMEOUT_S)
             except self._ray.exceptions.GetTimeoutError as exc:
                 raise BackendError(
-                    f"the cluster gave no {len(self._actors)} scorers within "
+                    f"the cluster gave no {self._transport.workers} scorers within "
                     f"{_START_TIMEOUT_S:.0f} s; ask for fewer --workers"
                 ) from exc
 
     def score(self, policies: Sequence[Policy], record: Record, stop: Stop) -> None:
         """See Pool."""
-        waiting = [(policy, 1) for policy in policies]
-        idle = list(self._actors)
-        flying: dict[Any, _Flight] = {}
-        while flying or (waiting and not stop()):
-            while idle and waiting and not stop():
-                policy, attempt = waiting.pop(0)
-                actor = idle.pop()
-                flight = _Flight(
-                    policy, actor, time.monotonic() + self._settings.timeout_s, attempt
-                )
-                flying[actor.score.remote(policy)] = flight
-            landed, _ = self._ray.wait(list(flying), timeout=_POLL_S)
-            for reference in landed:
-                self._land(reference, flying.pop(reference), record, waiting, idle)
-            now = time.monotonic()
-            for reference in [r for r, flight in flying.items() if flight.deadline < now]:
-                flight = flying.pop(reference)
-                idle.append(self._replace(flight.actor))
-                seconds = self._settings.timeout_s
-                record(
-                    Measurement(
-                        policy=flight.policy,
-                        status=Status.TIMEOUT,
-                        seconds=seconds,
-                        reason=f"took longer than run.timeout_s = {seconds:g}",
-                    )
-                )
-
-    def _land(
-        self,
-        reference: Any,
-        flight: _Flight,
-        record: Record,
-        waiting: list[tuple[Policy, int]],
-        idle: list[Any],
-    ) -> None:
-        try:
-            measurement: Measurement = self._ray.get(reference)
-        except self._ray.exceptions.RayError as exc:
-            idle.append(self._replace(flight.actor))
-            if flight.attempt < 2:
-                waiting.insert(0, (flight.policy, flight.attempt + 1))
-                return
-            reason = str(exc).strip().splitlines()[0]
-            measurement = Measurement(
-                policy=flight.policy,
-                status=Status.WORKER_LOST,
-                reason=f"the scorer died twice: {reason}",
-            )
-        else:
-            idle.append(flight.actor)
-        record(measurement)
-
-    def _replace(self, actor: Any) -> Any:
-        """Kills a scorer and starts another in its place."""
-        with _translated():
-            self._ray.kill(actor)
-            fresh = self._new_actor()
-            self._actors[self._actors.index(actor)] = fresh
-            return fresh
+        self._dispatcher.score(policies, record, stop)
 
     def close(self) -> None:
         """Stops the scorers, and the cluster if it was started here."""
         with contextlib.suppress(Exception):
-            for actor in self._actors:
-                self._ray.kill(actor)
+            self._transport.kill_all()
         if self._owns_cluster:
             self._ray.shutdown()
 

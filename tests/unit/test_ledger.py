@@ -411,3 +411,36 @@ def test_ledger_is_not_made_over_another(tmp_path: Path) -> None:
     Ledger.create(tmp_path, {"fact": "old"}).close()
     with pytest.raises(LedgerError, match=r"ledger"):
         Ledger.create(tmp_path, {"fact": "new"}).close()
+
+
+def test_what_is_known_about_some_policies_is_known_about_no_others(asked: Ledger) -> None:
+    for policy in POLICIES[:3]:
+        asked.record(measured(policy), 0.0)
+    asked.record(failed(POLICIES[3]), 0.0)
+    some = [POLICIES[i] for i in (3, 1, 7, 1)]
+    assert asked.known(some) == {
+        POLICIES[3].digest: failed(POLICIES[3]),
+        POLICIES[1].digest: measured(POLICIES[1]),
+    }
+    assert asked.known([]) == {}
+
+
+def test_generations_are_counted_by_their_populations(asked: Ledger) -> None:
+    counts = [asked.generations()]
+    for generation in range(3):
+        member = Member(policy=POLICIES[generation], rank=0, crowding=0.5)
+        asked.record_population(generation, [member])
+        counts.append(asked.generations())
+    assert counts == [0, 1, 2, 3]
+
+
+def test_disk_is_waited_for_once_a_second(asked: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, waits = 100.0, []
+    monkeypatch.setattr("evosearch.ledger.time.monotonic", lambda: now)
+    asked._synced_at = now
+    for step, policy in zip((0.0, 0.5, 0.5, 0.9, 5.0), POLICIES, strict=False):
+        now += step
+        asked.record(measured(policy), 0.0)
+        ((level,),) = asked._rows("PRAGMA synchronous")
+        waits.append(level == 2)
+    assert waits == [False, False, True, False, True]
