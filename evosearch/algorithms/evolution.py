@@ -92,6 +92,28 @@ def de(initial: FloatArray, options: DifferentialOptions) -> Any:
     return DE(pop_size=len(initial), sampling=initial, variant=variant)
 
 
+def _distinct() -> Any:
+    """Drops offspring that are equal to others, as pymoo does, without all pairwise distances."""
+    from pymoo.core.duplicate import DuplicateElimination
+
+    class Distinct(DuplicateElimination):  # type: ignore[misc]
+        """Marks genomes that are in another population, or earlier in their own."""
+
+        def _do(self, pop: Any, other: Any, is_duplicate: Any) -> Any:
+            def name(individual: Any) -> bytes:
+                return bytes((individual.X + 0.0).tobytes())  # -0.0 equals 0.0
+
+            seen = set() if other is None else set(map(name, other))
+            for row, individual in enumerate(pop):
+                genome = name(individual)
+                is_duplicate[row] = genome in seen
+                if other is None:
+                    seen.add(genome)
+            return is_duplicate
+
+    return Distinct()
+
+
 def nsga2(initial: FloatArray, options: GeneticOptions) -> Any:
     """NSGA-II [Deb2002]."""
     from pymoo.algorithms.moo.nsga2 import NSGA2
@@ -103,6 +125,7 @@ def nsga2(initial: FloatArray, options: GeneticOptions) -> Any:
         sampling=initial,
         crossover=SBX(eta=options.crossover_eta, prob=options.crossover_probability),
         mutation=PM(eta=options.mutation_eta),
+        eliminate_duplicates=_distinct(),
     )
 
 
