@@ -238,7 +238,9 @@ def _start_cluster(ray: Any, workload: Workload, settings: PoolSettings) -> None
         ray.init(address=settings.ray_address, **common)
         return
     arrays = workload.calibration.pixels.nbytes + workload.validation.pixels.nbytes
-    arrays += sum(array.nbytes for array in (*workload.grams.values(), *workload.state.values()))
+    held = (*workload.grams.values(), *workload.state.values())
+    arrays += sum(array.nbytes for array in held)
+    arrays += sum(target.values.nbytes for target in workload.targets.values())
     ray.init(
         # Asked for by name: a bare init would attach to whatever RAY_ADDRESS says.
         address="local",
