@@ -3,7 +3,7 @@
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evosearch.algorithms import Algorithm, AlgorithmSettings, make_algorithm
+from evosearch.algorithms import (
+    Algorithm,
+    AlgorithmSettings,
+    Foresight,
+    Known,
+    make_algorithm,
+)
 from evosearch.data import (
     DataSource,
     ImagePool,
@@ -23,7 +29,9 @@ from evosearch.data import (
 )
 from evosearch.errors import ConfigError, DataError
 from evosearch.networks import Network, NetworkSpec, load_network
+from evosearch.policy import Policy
 from evosearch.pruning.groups import trace
+from evosearch.pruning.table import GroupTable
 from evosearch.recipe import DataRecipe, NetworkRecipe, Recipe
 from evosearch.scoring.objectives import Constraint, Goals, worst_metrics
 from evosearch.scoring.pool import PoolSettings
@@ -36,6 +44,7 @@ __all__ = [
     "algorithm_of",
     "as_trained",
     "assemble",
+    "foresight_of",
     "goals_of",
     "network_spec",
     "pool_settings",
@@ -205,7 +214,7 @@ def assemble(recipe: Recipe) -> Assembled:
     )
     goals.check_reachable(lowest, highest)
     # Made here once to refuse a wrong algorithm before anything is measured.
-    algorithm_of(recipe, space, goals, None)
+    algorithm_of(recipe, space, goals, plan.table, None)
     recipe = _settled(recipe)
     proxy = recipe.proxy
     workload = prepare_workload(
@@ -236,8 +245,31 @@ def _settled(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"proxy": proxy})
 
 
+def foresight_of(goals: Goals, table: GroupTable) -> Foresight:
+    """What is known before measuring: objectives and constraints that are costs; MACs."""
+
+    def foresee(policies: Sequence[Policy]) -> Known:
+        macs, params = table.costs_of(policies)
+        shares = {"macs": macs / table.dense_costs[0], "params": params / table.dense_costs[1]}
+        unknown = np.full(len(policies), np.nan)
+        objectives = [shares.get(name, unknown) for name in goals.objectives]
+        violations = [shares.get(c.name, unknown) / c.bound - 1 for c in goals.constraints]
+        # Like the last violation, which tells failures, only measuring tells.
+        return Known(
+            objectives=np.stack(objectives, axis=1),
+            violations=np.stack([*violations, unknown], axis=1),
+            cost=shares["macs"],
+        )
+
+    return foresee
+
+
 def algorithm_of(
-    recipe: Recipe, space: SearchSpace, goals: Goals, seeds: NDArray[np.float64] | None
+    recipe: Recipe,
+    space: SearchSpace,
+    goals: Goals,
+    table: GroupTable,
+    seeds: NDArray[np.float64] | None,
 ) -> Algorithm:
     """The recipe's algorithm; one constraint more than named, for failures."""
     search = recipe.search
@@ -255,4 +287,5 @@ def algorithm_of(
         len(goals.objectives),
         len(goals.constraints) + 1,
         seeds,
+        foresight_of(goals, table),
     )

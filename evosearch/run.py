@@ -271,7 +271,9 @@ def _search(
 ) -> Outcome:
     seeds = np.array(ledger.meta("seeds"), dtype=np.float64)
     seeds = seeds.reshape(-1, assembled.space.n_genes)
-    algorithm = algorithm_of(assembled.recipe, assembled.space, assembled.goals, seeds)
+    algorithm = algorithm_of(
+        assembled.recipe, assembled.space, assembled.goals, assembled.workload.plan.table, seeds
+    )
     search = Search(assembled.space, algorithm, scoring, ledger)
     return search.run(budget, _landing(observer, SEARCH, budget))
 
@@ -283,7 +285,9 @@ def _baseline(
     recipe = assembled.recipe.model_copy(
         update={"search": settings.model_copy(update={"algorithm": "uniform", "options": {}})}
     )
-    algorithm = algorithm_of(recipe, assembled.space, assembled.goals, None)
+    algorithm = algorithm_of(
+        recipe, assembled.space, assembled.goals, assembled.workload.plan.table, None
+    )
     search = Search(assembled.space, algorithm, scoring, ledger, track=BASELINE)
     return search.run(settings.baseline, _landing(observer, BASELINE, settings.baseline))
 

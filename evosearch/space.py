@@ -8,7 +8,7 @@ recipe's `[space]` table. Nothing in evosearch knows a space by name.
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,14 @@ from evosearch.errors import ConfigError
 from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
 
-__all__ = ["SearchSpace", "SpaceFactory", "known_spaces", "make_space", "unique_rows"]
+__all__ = [
+    "LevelledSpace",
+    "SearchSpace",
+    "SpaceFactory",
+    "known_spaces",
+    "make_space",
+    "unique_rows",
+]
 
 FloatArray = NDArray[np.float64]
 
@@ -58,6 +65,21 @@ class SearchSpace(Protocol):
 
     def dearest(self) -> Policy:
         """The policy with the most channels in every group."""
+
+
+@runtime_checkable
+class LevelledSpace(SearchSpace, Protocol):
+    """A space whose genes have levels. Algorithms that move by levels refuse any other.
+
+    An implementation must guarantee:
+
+    **Order.** A higher level of a gene asks for no fewer channels of any group.
+    **Completeness.** What `decode` can give, it gives for gene values that are levels; except
+    where it scales policies to spend a budget.
+    """
+
+    def levels(self) -> tuple[FloatArray, ...]:
+        """For each gene its distinct values, at least one, from the narrowest to the widest."""
 
 
 class SpaceFactory(Protocol):

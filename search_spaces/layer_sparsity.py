@@ -163,6 +163,23 @@ class LayerSparsity:
             found = found[unique_rows(self.decode(found))]
         return found[:n]
 
+    def levels(self) -> tuple[FloatArray, ...]:
+        """Gene values of all admissible widths, from the narrowest to the widest.
+
+        Values at which any member of a gene changes are levels of the gene.
+        """
+        span = self._high - self._low
+        found = []
+        for members in self._members:
+            values = np.zeros(1)
+            if span > 0:
+                sparsity = [1 - self._levels[g] / self._table.channels[g] for g in members]
+                genes = (np.concatenate(sparsity) - self._low) / span
+                # Equal shares of different groups may differ by a rounding error.
+                values = np.unique(np.clip(genes, 0, 1).round(12))[::-1]
+            found.append(values)
+        return tuple(found)
+
     def cheapest(self) -> Policy:
         """The fewest channels that the bounds allow."""
         return Policy(tuple(int(levels[0]) for levels in self._levels))
@@ -223,27 +240,36 @@ class LayerSparsity:
             low, high = np.where(fits, middle, low), np.where(fits, high, middle)
         keep = rounded(np.exp(low))
         missing = np.minimum(wanted * np.exp(high)[:, None], self._table.channels) - keep
-        for row in range(len(keep)):
-            self._spend_rest(keep[row], missing[row])
+        return self._spend_rest(keep, missing)
+
+    def _spend_rest(self, keep: IntArray, missing: FloatArray) -> IntArray:
+        """Widens genes of `(n, n_groups)` widths, a level at a time, while the budget allows.
+
+        Genes that miss most have their turn first, in turns until none can grow.
+        """
+        which, limit = self._budget
+        keep, rows = keep.copy(), np.arange(len(keep))
+        most = np.stack([missing[:, list(members)].sum(axis=1) for members in self._members], 1)
+        order = np.argsort(-most, axis=1, kind="stable")
+        while len(rows):
+            grown = np.zeros(len(rows), dtype=np.bool_)
+            for turn in range(self.n_genes):
+                turns = self._gene_of[None] == order[rows, turn][:, None]
+                wider = np.where(turns, self._one_level_wider(keep[rows]), keep[rows])
+                fits = self._table.costs(wider)[which] <= limit
+                grows = fits & (wider > keep[rows]).any(axis=1)
+                keep[rows[grows]] = wider[grows]
+                grown |= grows
+            rows = rows[grown]
         return keep
 
-    def _spend_rest(self, keep: IntArray, missing: FloatArray) -> None:
-        """Widens genes in place, one level at a time, until the budget allows no more."""
-        which, limit = self._budget
-        most = np.array([missing[list(members)].sum() for members in self._members])
-        order = np.argsort(-most, kind="stable")
-        grown = True
-        while grown:
-            grown = False
-            for gene in order:
-                wider = keep.copy()
-                for group in self._members[gene]:
-                    levels = self._levels[group]
-                    place = int(np.searchsorted(levels, keep[group], side="right"))
-                    wider[group] = levels[min(place, len(levels) - 1)]
-                if (wider > keep).any() and self._table.costs(wider[None])[which][0] <= limit:
-                    keep[:] = wider
-                    grown = True
+    def _one_level_wider(self, keep: IntArray) -> IntArray:
+        """`(n, n_groups)` widths, each at its next level if there is one."""
+        wider = np.empty_like(keep)
+        for group, levels in enumerate(self._levels):
+            places = np.searchsorted(levels, keep[:, group], side="right")
+            wider[:, group] = levels[np.minimum(places, len(levels) - 1)]
+        return wider
 
 
 def _van_der_corput(k: int) -> float:

@@ -9,13 +9,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evosearch.algorithms import evolution
+from evosearch.algorithms.adaptive import SelfAdaptive
 from evosearch.algorithms.base import Algorithm, Population
 from evosearch.algorithms.baselines import FixedSequence, RandomSearch
+from evosearch.algorithms.foresight import Foresight, Known, nothing_known
 from evosearch.algorithms.seeding import initial_population
+from evosearch.algorithms.sensitivity import SensitivityOptions, SensitivitySweep
+from evosearch.algorithms.surrogate import SurrogateOptions, SurrogateSearch
+from evosearch.algorithms.switching import LevelSwitching, SwitchingOptions
 from evosearch.errors import ConfigError
 from evosearch.space import SearchSpace
 
-__all__ = ["ALGORITHMS", "Algorithm", "AlgorithmSettings", "Population", "make_algorithm"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "AlgorithmSettings",
+    "Foresight",
+    "Known",
+    "Population",
+    "make_algorithm",
+]
 
 FloatArray = NDArray[np.float64]
 
@@ -40,42 +53,63 @@ class AlgorithmSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What an algorithm is made for.
+
+    Args:
+        space: What genomes mean.
+        n_objectives, n_constraints: Numbers it will be told per genome.
+        foresight: What is known of policies without measuring them.
+        seeds: `(m, n_genes)` put into the first population before everything else.
+    """
+
+    space: SearchSpace
+    n_objectives: int
+    n_constraints: int
+    foresight: Foresight
+    seeds: FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """A named algorithm.
 
     Args:
         title: One line for people.
-        make: Makes it from settings, space, numbers of objectives and constraints, seed genomes.
+        make: Makes it from settings, its own options, and the problem.
         options: Its options, a dataclass; None if it has none.
         min_population: Fewest members it works with.
         single_objective: Whether it takes exactly one objective.
     """
 
     title: str
-    make: Callable[[AlgorithmSettings, SearchSpace, int, int, FloatArray], Algorithm]
+    make: Callable[[AlgorithmSettings, Any, Problem], Algorithm]
     options: type | None = None
     min_population: int = 1
     single_objective: bool = False
 
 
 def _options(entry: Entry, given: Mapping[str, Any], name: str) -> Any:
-    known = [f.name for f in fields(entry.options)] if entry.options else []
+    known = {f.name: f.type for f in fields(entry.options)} if entry.options else {}
     for key, value in given.items():
         if key not in known:
             raise ConfigError(
                 f"search.options.{key}: unknown for {name}; it has {', '.join(known) or 'none'}"
             )
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if known[key] is bool:
+            if not isinstance(value, bool):
+                raise ConfigError(f"search.options.{key} must be true or false, got {value!r}")
+        elif isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"search.options.{key} must be a number, got {value!r}")
     return entry.options(**given) if entry.options else None
 
 
-def _initial(settings: AlgorithmSettings, space: SearchSpace, seeds: FloatArray) -> FloatArray:
+def _initial(settings: AlgorithmSettings, problem: Problem) -> FloatArray:
     return initial_population(
-        space,
+        problem.space,
         settings.population,
         settings.seed,
-        seeds=seeds,
+        seeds=problem.seeds,
         seed_share=settings.seed_share,
     )
 
@@ -83,47 +117,94 @@ def _initial(settings: AlgorithmSettings, space: SearchSpace, seeds: FloatArray)
 def _evolution(
     factory: Callable[[FloatArray, Any], Any],
     settings: AlgorithmSettings,
-    space: SearchSpace,
-    n_objectives: int,
-    n_constraints: int,
-    seeds: FloatArray,
+    options: Any,
+    problem: Problem,
 ) -> Algorithm:
-    options = _options(ALGORITHMS[settings.name], settings.options, settings.name)
     return evolution.Evolution(
         lambda initial: factory(initial, options),
-        _initial(settings, space, seeds),
-        n_objectives,
-        n_constraints,
+        _initial(settings, problem),
+        problem.n_objectives,
+        problem.n_constraints,
         settings.seed,
     )
 
 
-def _random(
+def _differential(
+    factory: Callable[[FloatArray, evolution.DifferentialOptions], Any],
     settings: AlgorithmSettings,
-    space: SearchSpace,
-    n_objectives: int,
-    n_constraints: int,
-    seeds: FloatArray,
+    options: evolution.AdaptiveOptions,
+    problem: Problem,
 ) -> Algorithm:
-    initial = _initial(settings, space, seeds)
-    return RandomSearch(initial, settings.seed, n_objectives, n_constraints)
+    if not options.adaptive:
+        return _evolution(factory, settings, options, problem)
+    return SelfAdaptive(
+        _initial(settings, problem),
+        problem.n_objectives,
+        problem.n_constraints,
+        settings.seed,
+        f=options.f,
+        cr=options.cr,
+    )
 
 
-def _uniform(
-    settings: AlgorithmSettings,
-    space: SearchSpace,
-    n_objectives: int,
-    n_constraints: int,
-    _seeds: FloatArray,
+def _level_switch(
+    settings: AlgorithmSettings, options: SwitchingOptions, problem: Problem
 ) -> Algorithm:
-    return FixedSequence(space.ladder(10**6), settings.population, n_objectives, n_constraints)
+    return LevelSwitching(
+        _initial(settings, problem),
+        problem.space,
+        problem.foresight,
+        problem.n_objectives,
+        problem.n_constraints,
+        settings.seed,
+        options,
+    )
+
+
+def _surrogate(
+    settings: AlgorithmSettings, options: SurrogateOptions, problem: Problem
+) -> Algorithm:
+    return SurrogateSearch(
+        _initial(settings, problem),
+        problem.space,
+        problem.foresight,
+        problem.n_objectives,
+        problem.n_constraints,
+        settings.seed,
+        options,
+    )
+
+
+def _sensitivity(
+    settings: AlgorithmSettings, options: SensitivityOptions, problem: Problem
+) -> Algorithm:
+    return SensitivitySweep(
+        settings.population,
+        problem.space,
+        problem.foresight,
+        problem.n_objectives,
+        problem.n_constraints,
+        options,
+    )
+
+
+def _random(settings: AlgorithmSettings, _options: None, problem: Problem) -> Algorithm:
+    initial = _initial(settings, problem)
+    return RandomSearch(initial, settings.seed, problem.n_objectives, problem.n_constraints)
+
+
+def _uniform(settings: AlgorithmSettings, _options: None, problem: Problem) -> Algorithm:
+    ladder = problem.space.ladder(10**6)
+    return FixedSequence(
+        ladder, settings.population, problem.n_objectives, problem.n_constraints
+    )
 
 
 ALGORITHMS: dict[str, Entry] = {
     "de": Entry(
         title="differential evolution, one objective under constraints",
-        make=partial(_evolution, evolution.de),
-        options=evolution.DifferentialOptions,
+        make=partial(_differential, evolution.de),
+        options=evolution.AdaptiveOptions,
         min_population=4,
         single_objective=True,
     ),
@@ -135,8 +216,8 @@ ALGORITHMS: dict[str, Entry] = {
     ),
     "gde3": Entry(
         title="GDE3: differential evolution for several objectives",
-        make=partial(_evolution, evolution.gde3),
-        options=evolution.DifferentialOptions,
+        make=partial(_differential, evolution.gde3),
+        options=evolution.AdaptiveOptions,
         min_population=4,
     ),
     "nsde": Entry(
@@ -145,8 +226,25 @@ ALGORITHMS: dict[str, Entry] = {
         options=evolution.DifferentialOptions,
         min_population=4,
     ),
+    "level-switch": Entry(
+        title="elitist evolution by level switches that keep a budget, and steps",
+        make=_level_switch,
+        options=SwitchingOptions,
+        min_population=2,
+    ),
+    "surrogate": Entry(
+        title="level switches and steps, pre-screened by Gaussian processes",
+        make=_surrogate,
+        options=SurrogateOptions,
+        min_population=2,
+    ),
     "random": Entry(title="random genomes after the same first population", make=_random),
     "uniform": Entry(title="the ladder of uniform ratios", make=_uniform),
+    "sensitivity": Entry(
+        title="each gene alone, then a ladder by rise of error per cost saved",
+        make=_sensitivity,
+        options=SensitivityOptions,
+    ),
 }
 
 
@@ -156,6 +254,7 @@ def make_algorithm(
     n_objectives: int,
     n_constraints: int,
     seeds: FloatArray | None = None,
+    foresight: Foresight | None = None,
 ) -> Algorithm:
     """Makes an algorithm.
 
@@ -165,10 +264,11 @@ def make_algorithm(
         n_objectives: Numbers it will be told per genome.
         n_constraints: Likewise.
         seeds: `(m, n_genes)` put into the first population before everything else.
+        foresight: What is known of policies without measuring them; None if nothing is.
 
     Raises:
-        ConfigError: No such algorithm, too small a population, an unknown option, or several
-            objectives for an algorithm of one.
+        ConfigError: No such algorithm, too small a population, an unknown option, several
+            objectives for an algorithm of one, or a space that the algorithm cannot move in.
     """
     name = settings.name
     if name not in ALGORITHMS:
@@ -185,7 +285,12 @@ def make_algorithm(
             f"search.algorithm {name} takes one objective, got {n_objectives}; keep one and put "
             f"the others into search.constraints, or use {several}"
         )
-    _options(entry, settings.options, name)
-    if seeds is None:
-        seeds = np.empty((0, space.n_genes))
-    return entry.make(settings, space, n_objectives, n_constraints, seeds)
+    options = _options(entry, settings.options, name)
+    problem = Problem(
+        space=space,
+        n_objectives=n_objectives,
+        n_constraints=n_constraints,
+        foresight=foresight or nothing_known(n_objectives, n_constraints),
+        seeds=np.empty((0, space.n_genes)) if seeds is None else seeds,
+    )
+    return entry.make(settings, options, problem)

@@ -47,8 +47,15 @@ class Population:
 
     def best(self, n: int) -> "Population":
         """The n members of lowest rank, the least crowded first within a rank."""
+        return self.taken(self.best_rows(n))
+
+    def best_rows(self, n: int) -> NDArray[np.int64]:
+        """Rows of the n members of lowest rank, the least crowded first within a rank."""
         rank, crowding = self.ranks_and_crowding()
-        rows = np.lexsort((-crowding, rank))[:n]
+        return np.lexsort((-crowding, rank))[:n]
+
+    def taken(self, rows: NDArray[np.int64]) -> "Population":
+        """The members of some rows, in their order."""
         return Population(self.genomes[rows], self.objectives[rows], self.violations[rows])
 
 

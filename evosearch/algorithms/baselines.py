@@ -5,13 +5,13 @@ from numpy.typing import NDArray
 
 from evosearch.algorithms.base import AskTellGuard, Population
 
-__all__ = ["FixedSequence", "RandomSearch"]
+__all__ = ["FixedSequence", "RandomSearch", "Survivors"]
 
 FloatArray = NDArray[np.float64]
 
 
-class _Survivors:
-    """Keeps the best of what it was told, by rank and crowding; nothing learns from them."""
+class Survivors:
+    """Keeps the best of what it was told, by rank and crowding."""
 
     def __init__(self, size: int, n_objectives: int, n_constraints: int) -> None:
         self._guard = AskTellGuard(n_objectives, n_constraints)
@@ -20,9 +20,14 @@ class _Survivors:
 
     def tell(self, objectives: FloatArray, violations: FloatArray) -> None:
         """Results of all genomes of the last ask."""
+        self._take(objectives, violations)
+
+    def _take(self, objectives: FloatArray, violations: FloatArray) -> FloatArray:
+        """Keeps what is good enough, and returns the genomes that the results belong to."""
         genomes = self._guard.tell(objectives, violations)
         told = Population(genomes.copy(), objectives.copy(), violations.copy())
         self._kept = (self._kept.joined(told) if self._kept else told).best(self._size)
+        return genomes
 
     @property
     def population(self) -> Population:
@@ -32,7 +37,7 @@ class _Survivors:
         return self._kept
 
 
-class RandomSearch(_Survivors):
+class RandomSearch(Survivors):
     """Uniformly random genomes, after the first population.
 
     Args:
@@ -56,7 +61,7 @@ class RandomSearch(_Survivors):
         return self._guard.ask(genomes)
 
 
-class FixedSequence(_Survivors):
+class FixedSequence(Survivors):
     """Given genomes in their order, a few at a time, then nothing: the ladder of uniform ratios.
 
     Args:

@@ -24,24 +24,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evosearch.algorithms.base import AskTellGuard, Population
-from evosearch.errors import ConfigError
+from evosearch.algorithms.options import check_range
 
-__all__ = ["DifferentialOptions", "Evolution", "GeneticOptions", "de", "gde3", "nsde", "nsga2"]
+__all__ = [
+    "AdaptiveOptions",
+    "DifferentialOptions",
+    "Evolution",
+    "GeneticOptions",
+    "de",
+    "gde3",
+    "nsde",
+    "nsga2",
+]
 
 FloatArray = NDArray[np.float64]
 
 
-def _check_range(
-    name: str, value: float, low: float, high: float, *, open_below: bool = False
-) -> None:
-    if not (low < value if open_below else low <= value) or not value <= high:
-        bracket = "(" if open_below else "["
-        raise ConfigError(f"search.options.{name} must lie in {bracket}{low}, {high}], got {value}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class DifferentialOptions:
-    """Options of `de`, `gde3` and `nsde`.
+    """Options of `nsde`.
 
     Args:
         f: Scale factor of the difference vector, in (0, 2].
@@ -52,8 +53,20 @@ class DifferentialOptions:
     cr: float = 0.9
 
     def __post_init__(self) -> None:
-        _check_range("f", self.f, 0, 2, open_below=True)
-        _check_range("cr", self.cr, 0, 1)
+        check_range("f", self.f, 0, 2, open_below=True)
+        check_range("cr", self.cr, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveOptions(DifferentialOptions):
+    """Options of `de` and `gde3`.
+
+    Args:
+        f, cr: As in `DifferentialOptions`; where members start, if they adapt.
+        adaptive: Whether every member adapts its own F and CR.
+    """
+
+    adaptive: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +83,9 @@ class GeneticOptions:
     mutation_eta: float = 20.0
 
     def __post_init__(self) -> None:
-        _check_range("crossover_eta", self.crossover_eta, 0, 1000)
-        _check_range("crossover_probability", self.crossover_probability, 0, 1)
-        _check_range("mutation_eta", self.mutation_eta, 0, 1000)
+        check_range("crossover_eta", self.crossover_eta, 0, 1000)
+        check_range("crossover_probability", self.crossover_probability, 0, 1)
+        check_range("mutation_eta", self.mutation_eta, 0, 1000)
 
 
 def de(initial: FloatArray, options: DifferentialOptions) -> Any:

@@ -1,0 +1,150 @@
+"""Predicts what a policy would be told: costs exactly, measurements by Gaussian processes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evosearch.algorithms.foresight import Foresight
+from evosearch.algorithms.gaussian import GaussianProcess
+from evosearch.policy import Policy
+from evosearch.space import SearchSpace
+
+__all__ = ["Forecaster", "Told"]
+
+FloatArray = NDArray[np.float64]
+
+_DIGITS = 7
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Told:
+    """Policies that were measured.
+
+    Args:
+        policies: n of them.
+        objectives: `(n, n_objectives)`.
+        violations: `(n, n_constraints)`.
+    """
+
+    policies: Sequence[Policy]
+    objectives: FloatArray
+    violations: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class _Column:
+    """A model of one column of answers.
+
+    Args:
+        process: Of the values on the model's scale; None if they are all the same.
+        offset: Added before taking logarithms.
+        constant: The value if there is no process.
+    """
+
+    process: GaussianProcess | None
+    offset: float
+    constant: float
+
+    def told(self, values: FloatArray) -> FloatArray:
+        return np.asarray(np.exp(values) - self.offset)
+
+    def mean(self, points: FloatArray) -> FloatArray:
+        if self.process is None:
+            return np.full(len(points), self.constant)
+        return self.told(self.process.mean(points))
+
+    def samples(self, points: FloatArray, normal: FloatArray) -> FloatArray:
+        """`(n_samples, n)` functions from the posterior; `normal` is `(n_samples, n)`."""
+        if self.process is None:
+            return np.full(normal.shape, self.constant)
+        mean, covariance = self.process.mean_and_covariance(points)
+        # The covariance of near points is singular up to rounding: load its diagonal.
+        covariance[np.diag_indices_from(covariance)] += 1e-6 * np.diag(covariance).max() + 1e-12
+        root = np.linalg.cholesky(covariance)
+        return self.told(np.round(mean + normal @ root.T, _DIGITS))
+
+
+def _offset(values: FloatArray) -> float:
+    """What makes values positive, so that their logarithm exists and small ones are spread."""
+    low, span = float(values.min()), float(np.ptp(values))
+    return 0.0 if low > 0 else 0.01 * span - low
+
+
+class Forecaster:
+    """Models of all columns that only measuring tells, fitted anew when more is told.
+
+    A point of the models has one coordinate per group: the logarithm of its kept channels, from 0
+    at the narrowest to 1 at the widest.
+
+    Args:
+        space: Bounds the channels of each group.
+        foresight: Knows the costs.
+    """
+
+    def __init__(self, space: SearchSpace, foresight: Foresight) -> None:
+        low, high = (np.log(np.array(p.keep)) for p in (space.cheapest(), space.dearest()))
+        self._groups = np.flatnonzero(high > low)
+        self._low, self._span = low[self._groups], (high - low)[self._groups]
+        self._foresight = foresight
+        self._columns: dict[tuple[str, int], _Column] = {}
+
+    def points(self, policies: Sequence[Policy]) -> FloatArray:
+        """`(n, n_free_groups)` coordinates."""
+        keep = np.array([policy.keep for policy in policies], dtype=np.float64)
+        return (np.log(keep[:, self._groups]) - self._low) / self._span
+
+    def fit(self, told: Told) -> None:
+        """Fits to what was told; starts from the last fit's hyperparameters."""
+        known = self._foresight(told.policies)
+        points = self.points(told.policies)
+        answers = {
+            "objective": (told.objectives, known.objectives),
+            "violation": (told.violations + 1, known.violations),
+        }
+        columns = {}
+        for kind, (values, exact) in answers.items():
+            for j in np.flatnonzero(np.isnan(exact).any(axis=0)):
+                key = (kind, int(j))
+                columns[key] = self._column(points, values[:, j], self._columns.get(key))
+        self._columns = columns
+
+    def _column(self, points: FloatArray, values: FloatArray, before: _Column | None) -> _Column:
+        if len(values) < 2 or np.ptp(values) == 0 or not len(self._groups):
+            return _Column(None, 0.0, float(values.mean()) if len(values) else 0.0)
+        offset = _offset(values)
+        start = before.process.parameters if before and before.process else None
+        process = GaussianProcess(
+            points, np.log(values + offset), start, iterations=40 if start is None else 12
+        )
+        return _Column(process, offset, 0.0)
+
+    def expected(self, policies: Sequence[Policy]) -> tuple[FloatArray, FloatArray]:
+        """Expected objectives `(n, n_objectives)` and violations `(n, n_constraints)`."""
+        return self._filled(policies, lambda column, points: column.mean(points))
+
+    def imagined(
+        self, policies: Sequence[Policy], n: int, rng: np.random.Generator
+    ) -> list[FloatArray]:
+        """Objectives `(n_policies, n_objectives)` under each of n functions of the posterior."""
+        known, points = self._foresight(policies), self.points(policies)
+        drawn = np.repeat(known.objectives[None], n, axis=0)
+        for (kind, j), column in self._columns.items():
+            if kind == "objective":
+                drawn[:, :, j] = column.samples(
+                    points, rng.standard_normal((n, len(policies)))
+                )
+        return list(drawn)
+
+    def _filled(
+        self, policies: Sequence[Policy], predict: Callable[[_Column, FloatArray], FloatArray]
+    ) -> tuple[FloatArray, FloatArray]:
+        known, points = self._foresight(policies), self.points(policies)
+        objectives, violations = known.objectives.copy(), known.violations.copy()
+        for (kind, j), column in self._columns.items():
+            if kind == "objective":
+                objectives[:, j] = predict(column, points)
+            else:
+                violations[:, j] = predict(column, points) - 1
+        return objectives, violations

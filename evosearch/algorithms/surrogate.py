@@ -1,0 +1,206 @@
+"""A search that measures what a model of the measurements expects most of.
+
+Before each generation, Gaussian processes are fitted to what was told so far. Level moves then
+breed far more offspring than can be measured, over several generations in which the models answer
+instead of the scorers; those that promise the largest hypervolume beyond the front are asked for.
+For a share of them the promise is that of a random function from the posterior [Bradford2018],
+which explores where the model is unsure; for the others, that of its mean.
+
+Nothing is kept between asks but what was told, the last fit and the state of one generator, so a
+replay asks for the same.
+
+References:
+    [Bradford2018] E. Bradford et al., "Efficient multiobjective optimization employing Gaussian
+        processes, spectral sampling and a genetic algorithm", J. Global Optimization 71, 2018.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evosearch.algorithms.base import Population
+from evosearch.algorithms.baselines import Survivors
+from evosearch.algorithms.forecast import Forecaster, Told
+from evosearch.algorithms.foresight import Foresight
+from evosearch.algorithms.improvement import Improvement
+from evosearch.algorithms.levels import LevelMoves
+from evosearch.algorithms.options import check_range
+from evosearch.pareto import total_violation
+from evosearch.policy import Policy
+from evosearch.space import SearchSpace
+
+__all__ = ["SurrogateOptions", "SurrogateSearch"]
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+# Beyond any violation of something that was measured: such a candidate failed.
+_FAILED = 1e7
+# Of candidates that survived on the model, so many per slot compete for being asked.
+_FINALISTS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurrogateOptions:
+    """Options of `surrogate`.
+
+    Args:
+        explore: Share of a generation that is chosen by random functions from the posterior.
+        generations: Generations bred on the model before each ask.
+        offspring: Offspring per such generation, for each genome that is asked.
+        points: Most measurements that the model is fitted to.
+        flips: Most genes that go up, and most that go down, in a move.
+        reach: Longest move of a gene, as a share of its levels.
+    """
+
+    explore: float = 0.5
+    generations: int = 20
+    offspring: int = 8
+    points: int = 300
+    flips: int = 3
+    reach: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_range("explore", self.explore, 0, 1)
+        check_range("generations", self.generations, 1, 1000)
+        check_range("offspring", self.offspring, 1, 1000)
+        check_range("points", self.points, 10, 2000)
+        check_range("flips", self.flips, 1, 1000)
+        check_range("reach", self.reach, 0, 1)
+
+
+class SurrogateSearch(Survivors):
+    """Level moves, pre-screened by Gaussian processes.
+
+    Args:
+        initial: `(n, n_genes)` asked first; also says how many are asked at a time.
+        space: What genomes mean; its genes must have levels.
+        foresight: What is known of policies without measuring them.
+        n_objectives, n_constraints: What it will be told.
+        seed: Of everything random.
+        options: See `SurrogateOptions`.
+    """
+
+    def __init__(
+        self,
+        initial: FloatArray,
+        space: SearchSpace,
+        foresight: Foresight,
+        n_objectives: int,
+        n_constraints: int,
+        seed: int,
+        options: SurrogateOptions,
+    ) -> None:
+        super().__init__(len(initial), n_objectives, n_constraints)
+        self._options = options
+        self._space = space
+        self._foresight = foresight
+        self._moves = LevelMoves(
+            space,
+            lambda policies: foresight(policies).cost,
+            flips=int(options.flips),
+            reach=options.reach,
+        )
+        self._forecaster = Forecaster(space, foresight)
+        self._rng = np.random.default_rng(seed)
+        self._initial: FloatArray | None = initial.copy()
+        self._told: dict[Policy, tuple[FloatArray, FloatArray, FloatArray]] = {}
+
+    def ask(self) -> FloatArray:
+        """The next genomes."""
+        self._guard.before_ask()
+        if self._initial is not None:
+            genomes, self._initial = self._initial, None
+        else:
+            self._fit()
+            genomes = self._moves.genomes(self._choose(self._breed()))
+        return self._guard.ask(genomes)
+
+    def tell(self, objectives: FloatArray, violations: FloatArray) -> None:
+        """Results of all genomes of the last ask."""
+        genomes = self._take(objectives, violations)
+        for policy, *row in zip(
+            self._space.decode(genomes), genomes, objectives, violations, strict=True
+        ):
+            self._told.setdefault(policy, tuple(np.array(part) for part in row))
+
+    def _archive(self) -> Population:
+        rows = self._told.values()
+        return Population(*(np.array([row[part] for row in rows]) for part in range(3)))
+
+    def _fit(self) -> None:
+        """Fits the models to what was really measured."""
+        policies = list(self._told)
+        archive = self._archive()
+        foreseen = self._foresight(policies).violations
+        affordable = total_violation(np.nan_to_num(foreseen, nan=0.0)) <= 0
+        usable = np.flatnonzero(affordable & (archive.violations < _FAILED).all(axis=1))
+        most = int(self._options.points)
+        if len(usable) > most:
+            rank, crowding = archive.ranks_and_crowding()
+            usable = usable[np.lexsort((-crowding[usable], rank[usable]))[:most]]
+        self._forecaster.fit(
+            Told(
+                policies=[policies[i] for i in usable],
+                objectives=archive.objectives[usable],
+                violations=archive.violations[usable],
+            )
+        )
+
+    def _breed(self) -> Population:
+        """What survives generations on the model; genomes are level indices; nothing measured."""
+        options, rng, moves = self._options, self._rng, self._moves
+        best = self._archive().best(4 * self._size)
+        pool = Population(moves.indices(best.genomes), best.objectives, best.violations)
+        new = Population(pool.genomes[:0], pool.objectives[:0], pool.violations[:0])
+        seen = set(self._told)
+        n = int(options.offspring) * self._size
+        for _ in range(int(options.generations)):
+            children = self._children(pool.genomes, n, rng)
+            policies = self._space.decode(moves.genomes(children))
+            fresh = [i for i, policy in enumerate(policies) if policy not in seen]
+            fresh = list({policies[i]: i for i in fresh}.values())
+            if not fresh:
+                continue
+            seen.update(policies[i] for i in fresh)
+            expected = self._forecaster.expected([policies[i] for i in fresh])
+            born = Population(children[fresh], *expected)
+            pool = pool.joined(born).best(4 * self._size)
+            new = new.joined(born).best(_FINALISTS * self._size)
+        return new
+
+    def _children(self, parents: IntArray, n: int, rng: np.random.Generator) -> IntArray:
+        """`(n, n_genes)` by crossing, switching and stepping, a third each."""
+        one, other = parents[rng.integers(len(parents), size=(2, n))]
+        third = n // 3
+        crossed = self._moves.cross(one[:third], other[:third], rng)
+        switched = self._moves.switch(one[third : 2 * third], rng)
+        return np.concatenate([crossed, switched, self._moves.step(one[2 * third :], rng)])
+
+    def _choose(self, candidates: Population) -> IntArray:
+        """Level indices of those to ask, one after the other, each beside those before it."""
+        rng, n = self._rng, self._size
+        archive = self._archive()
+        if len(candidates.genomes) < n:
+            extra = rng.integers(0, self._moves.top + 1, size=(n, len(self._moves.top)))
+            return np.concatenate([candidates.genomes, extra])[:n]
+        policies = self._space.decode(self._moves.genomes(candidates.genomes))
+        n_random = round(self._options.explore * n)
+        views = [candidates.objectives] * (n - n_random)
+        views += self._forecaster.imagined(policies, n_random, rng) if n_random else []
+        violation = total_violation(candidates.violations)
+        improvement = Improvement(archive.objectives, archive.violations)
+        open_rows = np.ones(len(policies), dtype=np.bool_)
+        chosen = []
+        for view in views:
+            gain = np.where(violation <= 0, improvement.of(view), 0.0)
+            gain = np.where(open_rows, gain, -np.inf)
+            # Without a gain anywhere the order of survival on the model decides.
+            best = int(np.argmax(gain)) if gain.max() > 0 else int(np.argmax(open_rows))
+            open_rows[best] = False
+            chosen.append(best)
+            if violation[best] <= 0:
+                improvement.add(candidates.objectives[best])
+        return np.asarray(candidates.genomes[chosen], dtype=np.int64)
