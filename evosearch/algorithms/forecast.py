@@ -16,6 +16,7 @@ __all__ = ["Forecaster", "Told"]
 FloatArray = NDArray[np.float64]
 
 _DIGITS = 7
+_FIRST_ITERATIONS, _NEXT_ITERATIONS = 40, 12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,22 +39,17 @@ class _Column:
     """A model of one column of answers.
 
     Args:
-        process: Of the values on the model's scale; None if they are all the same.
-        offset: Added before taking logarithms.
-        constant: The value if there is no process.
+        process: None if all answers are the same.
+        constant: That answer.
     """
 
     process: GaussianProcess | None
-    offset: float
     constant: float
-
-    def told(self, values: FloatArray) -> FloatArray:
-        return np.asarray(np.exp(values) - self.offset)
 
     def mean(self, points: FloatArray) -> FloatArray:
         if self.process is None:
             return np.full(len(points), self.constant)
-        return self.told(self.process.mean(points))
+        return self.process.mean(points)
 
     def samples(self, points: FloatArray, normal: FloatArray) -> FloatArray:
         """`(n_samples, n)` functions from the posterior; `normal` is `(n_samples, n)`."""
@@ -63,13 +59,7 @@ class _Column:
         # The covariance of near points is singular up to rounding: load its diagonal.
         covariance[np.diag_indices_from(covariance)] += 1e-6 * np.diag(covariance).max() + 1e-12
         root = np.linalg.cholesky(covariance)
-        return self.told(np.round(mean + normal @ root.T, _DIGITS))
-
-
-def _offset(values: FloatArray) -> float:
-    """What makes values positive, so that their logarithm exists and small ones are spread."""
-    low, span = float(values.min()), float(np.ptp(values))
-    return 0.0 if low > 0 else 0.01 * span - low
+        return np.asarray(np.round(mean + normal @ root.T, _DIGITS))
 
 
 class Forecaster:
@@ -101,7 +91,7 @@ class Forecaster:
         points = self.points(told.policies)
         answers = {
             "objective": (told.objectives, known.objectives),
-            "violation": (told.violations + 1, known.violations),
+            "violation": (told.violations, known.violations),
         }
         columns = {}
         for kind, (values, exact) in answers.items():
@@ -112,13 +102,10 @@ class Forecaster:
 
     def _column(self, points: FloatArray, values: FloatArray, before: _Column | None) -> _Column:
         if len(values) < 2 or np.ptp(values) == 0 or not len(self._groups):
-            return _Column(None, 0.0, float(values.mean()) if len(values) else 0.0)
-        offset = _offset(values)
+            return _Column(None, float(values.mean()) if len(values) else 0.0)
         start = before.process.parameters if before and before.process else None
-        process = GaussianProcess(
-            points, np.log(values + offset), start, iterations=40 if start is None else 12
-        )
-        return _Column(process, offset, 0.0)
+        iterations = _FIRST_ITERATIONS if start is None else _NEXT_ITERATIONS
+        return _Column(GaussianProcess(points, values, start, iterations), 0.0)
 
     def expected(self, policies: Sequence[Policy]) -> tuple[FloatArray, FloatArray]:
         """Expected objectives `(n, n_objectives)` and violations `(n, n_constraints)`."""
@@ -146,5 +133,5 @@ class Forecaster:
             if kind == "objective":
                 objectives[:, j] = predict(column, points)
             else:
-                violations[:, j] = predict(column, points) - 1
+                violations[:, j] = predict(column, points)
         return objectives, violations
