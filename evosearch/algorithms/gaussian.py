@@ -1,8 +1,8 @@
 """Gaussian-process regression for a few hundred points in a few dozen dimensions.
 
-The kernel is a linear trend plus a squared exponential with a length scale per dimension
-[Rasmussen2006, 4.2, 5.1]: the logarithm of what pruning costs grows about linearly with how much of
-each group is gone, and bends where groups interact.
+The kernel is a sum of smooth curves, one per dimension, plus a squared exponential with a length
+scale per dimension [Rasmussen2006, 4.2, 5.1]: what pruning does to a network is about the sum of
+what it does group by group, and bends where groups interact.
 
 Hyperparameters maximise the marginal likelihood times priors that keep length scales long unless
 the data object [Hvarfner2024]. They are then rounded to a grid, and so are predictions: sums
@@ -26,7 +26,6 @@ FloatArray = NDArray[np.float64]
 
 _GRID = 1 / 16
 _DIGITS = 7
-_JITTER = 1e-8
 _LEAST_NOISE = 1e-5
 
 
@@ -54,6 +53,12 @@ def _squares(a: FloatArray, b: FloatArray) -> FloatArray:
     """`(n, m)` squared distances of rows."""
     cross = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2 * a @ b.T
     return np.asarray(np.maximum(cross, 0.0))
+
+
+def _curves(points: FloatArray) -> FloatArray:
+    """`(n, 3 n_dims)` Legendre polynomials of degree 1 to 3 of each coordinate in [-1/2, 1/2]."""
+    t = 2 * points
+    return np.concatenate([t, (3 * t**2 - 1) / 2, (5 * t**3 - 3 * t) / 4], axis=1) / 2
 
 
 class GaussianProcess:
@@ -94,7 +99,7 @@ class GaussianProcess:
         trend, bend = np.exp(self.parameters[:2])
         lengths = np.exp(self.parameters[3:])
         smooth = np.exp(-0.5 * _squares(a / lengths, b / lengths))
-        return np.asarray(trend * (1 + a @ b.T) + bend * smooth)
+        return np.asarray(trend * (1 + _curves(a) @ _curves(b).T) + bend * smooth)
 
     def _fit(self, start: FloatArray | None, iterations: int) -> FloatArray:
         from scipy.optimize import minimize
@@ -103,8 +108,11 @@ class GaussianProcess:
         means = np.array([prior.mean for prior in priors])
         stds = np.array([prior.std for prior in priors])
 
+        features = _curves(self._points)
+        curves = 1 + features @ features.T
+
         def loss(theta: FloatArray) -> tuple[float, FloatArray]:
-            value, gradient = self._negative_log_likelihood(theta)
+            value, gradient = self._negative_log_likelihood(theta, curves)
             z = (theta - means) / stds
             return value + 0.5 * float(z @ z), gradient + z / stds
 
@@ -118,16 +126,18 @@ class GaussianProcess:
         )
         return np.asarray(np.rint(found.x / _GRID) * _GRID)
 
-    def _negative_log_likelihood(self, theta: FloatArray) -> tuple[float, FloatArray]:
-        """[Rasmussen2006, 5.8 and 5.9], with sums over pairs as products of matrices."""
+    def _negative_log_likelihood(
+        self, theta: FloatArray, curves: FloatArray
+    ) -> tuple[float, FloatArray]:
+        """Value and gradient [Rasmussen2006, 5.8 and 5.9]; sums over pairs are matrix products."""
         import scipy.linalg
 
         x, y = self._points, self._values
         trend, bend, noise = np.exp(theta[:3])
         scaled = x / np.exp(theta[3:])
-        linear = trend * (1 + x @ x.T)
+        additive = trend * curves
         smooth = bend * np.exp(-0.5 * _squares(scaled, scaled))
-        kernel = linear + smooth
+        kernel = additive + smooth
         kernel[np.diag_indices_from(kernel)] += noise + _LEAST_NOISE
         factor = scipy.linalg.cho_factor(kernel, lower=True, check_finite=False)
         inverse = scipy.linalg.cho_solve(factor, np.eye(len(x)), check_finite=False)
@@ -139,7 +149,7 @@ class GaussianProcess:
         by_length = 2 * (
             lengths.sum(axis=1) @ scaled**2 - (scaled * (lengths @ scaled)).sum(axis=0)
         )
-        variances = [(pull * linear).sum(), lengths.sum(), noise * np.trace(pull)]
+        variances = [(pull * additive).sum(), lengths.sum(), noise * np.trace(pull)]
         return value, np.concatenate([variances, by_length])
 
     def mean(self, points: FloatArray) -> FloatArray:

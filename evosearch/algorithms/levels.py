@@ -24,8 +24,8 @@ __all__ = ["LevelMoves"]
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-# Costs change by a sixteenth of what the second half of a switch could give back at most.
-_HALVINGS = 4
+# A switch's second half is as long as its cost asks for, up to an eighth of the longest.
+_HALVINGS = 3
 
 
 class LevelMoves:

@@ -29,7 +29,7 @@ from evosearch.algorithms.levels import LevelMoves
 from evosearch.algorithms.options import check_range
 from evosearch.pareto import total_violation
 from evosearch.policy import Policy
-from evosearch.space import SearchSpace
+from evosearch.space import SearchSpace, unique_rows
 
 __all__ = ["SurrogateOptions", "SurrogateSearch"]
 
@@ -38,8 +38,8 @@ IntArray = NDArray[np.int64]
 
 # Beyond any violation of something that was measured: such a candidate failed.
 _FAILED = 1e7
-# Of candidates that survived on the model, so many per slot compete for being asked.
-_FINALISTS = 12
+# For each genome that is asked: parents on the model, and candidates that compete in the end.
+_PARENTS, _FINALISTS = 4, 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,8 @@ class SurrogateOptions:
         reach: Longest move of a gene, as a share of its levels.
     """
 
-    explore: float = 0.5
-    generations: int = 20
+    explore: float = 0.25
+    generations: int = 8
     offspring: int = 8
     points: int = 300
     flips: int = 3
@@ -150,29 +150,33 @@ class SurrogateSearch(Survivors):
         )
 
     def _breed(self) -> Population:
-        """What survives generations on the model; genomes are level indices; nothing measured."""
-        options, rng, moves = self._options, self._rng, self._moves
-        best = self._archive().best(4 * self._size)
+        """New policies that promise most on the model; their genomes are level indices."""
+        options, moves = self._options, self._moves
+        archive = self._archive()
+        improvement = Improvement(archive.objectives, archive.violations)
+        best = archive.best(_PARENTS * self._size)
         pool = Population(moves.indices(best.genomes), best.objectives, best.violations)
         new = Population(pool.genomes[:0], pool.objectives[:0], pool.violations[:0])
         seen = set(self._told)
-        n = int(options.offspring) * self._size
         for _ in range(int(options.generations)):
-            children = self._children(pool.genomes, n, rng)
+            children = self._children(pool.genomes, int(options.offspring) * self._size)
             policies = self._space.decode(moves.genomes(children))
-            fresh = [i for i, policy in enumerate(policies) if policy not in seen]
-            fresh = list({policies[i]: i for i in fresh}.values())
+            fresh = [row for row in unique_rows(policies) if policies[row] not in seen]
             if not fresh:
                 continue
-            seen.update(policies[i] for i in fresh)
-            expected = self._forecaster.expected([policies[i] for i in fresh])
+            seen.update(policies[row] for row in fresh)
+            expected = self._forecaster.expected([policies[row] for row in fresh])
             born = Population(children[fresh], *expected)
-            pool = pool.joined(born).best(4 * self._size)
-            new = new.joined(born).best(_FINALISTS * self._size)
+            pool = pool.joined(born).best(_PARENTS * self._size)
+            new = new.joined(born)
+            gain = improvement.of(new.objectives)
+            order = np.lexsort((-gain, total_violation(new.violations)))
+            new = new.taken(order[: _FINALISTS * self._size])
         return new
 
-    def _children(self, parents: IntArray, n: int, rng: np.random.Generator) -> IntArray:
+    def _children(self, parents: IntArray, n: int) -> IntArray:
         """`(n, n_genes)` by crossing, switching and stepping, a third each."""
+        rng = self._rng
         one, other = parents[rng.integers(len(parents), size=(2, n))]
         third = n // 3
         crossed = self._moves.cross(one[:third], other[:third], rng)
