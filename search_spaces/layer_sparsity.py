@@ -164,20 +164,20 @@ class LayerSparsity:
         return found[:n]
 
     def levels(self) -> tuple[FloatArray, ...]:
-        """Gene values of all admissible widths, from the narrowest to the widest.
+        """One gene value per admissible width, from the narrowest to the widest.
 
-        Values at which any member of a gene changes are levels of the gene.
+        If several groups share a gene, it has a level wherever any of them changes.
         """
         span = self._high - self._low
         found = []
         for members in self._members:
-            values = np.zeros(1)
-            if span > 0:
-                sparsity = [1 - self._levels[g] / self._table.channels[g] for g in members]
-                genes = (np.concatenate(sparsity) - self._low) / span
-                # Equal shares of different groups may differ by a rounding error.
-                values = np.unique(np.clip(genes, 0, 1).round(12))[::-1]
-            found.append(values)
+            changes = [np.zeros(1), np.ones(1)]
+            for group in members if span > 0 else ():
+                middles = (self._levels[group][1:] + self._levels[group][:-1]) / 2
+                changes.append((1 - middles / self._table.channels[group] - self._low) / span)
+            # Equal shares of different groups may differ by a rounding error.
+            edges = np.unique(np.clip(np.concatenate(changes), 0, 1).round(9))
+            found.append(((edges[1:] + edges[:-1]) / 2)[::-1])
         return tuple(found)
 
     def cheapest(self) -> Policy:

@@ -195,9 +195,7 @@ def _random(settings: AlgorithmSettings, _options: None, problem: Problem) -> Al
 
 def _uniform(settings: AlgorithmSettings, _options: None, problem: Problem) -> Algorithm:
     ladder = problem.space.ladder(10**6)
-    return FixedSequence(
-        ladder, settings.population, problem.n_objectives, problem.n_constraints
-    )
+    return FixedSequence(ladder, settings.population, problem.n_objectives, problem.n_constraints)
 
 
 ALGORITHMS: dict[str, Entry] = {

@@ -19,6 +19,7 @@ from evosearch.pareto import total_violation
 __all__ = ["SelfAdaptive"]
 
 FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 
 _RENEWAL = 0.1
 _LEAST_F, _F_RANGE = 0.1, 0.9
@@ -85,10 +86,9 @@ class SelfAdaptive:
         both = self._members.joined(told)
         trials_win, targets_win = _weakly_better(told, self._members)
         rows = np.concatenate([np.flatnonzero(~trials_win), n + np.flatnonzero(~targets_win)])
-        pool = both.taken(rows)
-        kept = rows[pool.best_rows(n)]
-        # Members keep their order, so that the same seed pairs alike whatever survival's sort does.
-        kept = np.sort(kept)
+        kept = rows[both.taken(rows).best_rows(n)]
+        # A trial that replaces its target takes its place.
+        kept = kept[np.lexsort((kept, kept % n))]
         self._members = both.taken(kept)
         self._own = np.concatenate([self._own, self._trial_own])[kept]
 
@@ -100,7 +100,7 @@ class SelfAdaptive:
         return self._members
 
 
-def _weakly_better(trials: Population, targets: Population) -> tuple[FloatArray, FloatArray]:
+def _weakly_better(trials: Population, targets: Population) -> tuple[BoolArray, BoolArray]:
     """`(n,)` boolean: where the trial replaces its target, and where the target refuses it.
 
     A trial replaces a target that it equals or dominates, under constrained domination.
@@ -111,4 +111,4 @@ def _weakly_better(trials: Population, targets: Population) -> tuple[FloatArray,
     dominated = (targets.objectives <= trials.objectives).all(axis=1) & ~no_worse
     wins = np.where(feasible, no_worse, trial <= target)
     loses = np.where(feasible, dominated, trial > target)
-    return wins, loses
+    return wins.astype(np.bool_), loses.astype(np.bool_)

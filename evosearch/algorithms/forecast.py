@@ -75,7 +75,7 @@ class Forecaster:
 
     def __init__(self, space: SearchSpace, foresight: Foresight) -> None:
         low, high = (np.log(np.array(p.keep)) for p in (space.cheapest(), space.dearest()))
-        self._groups = np.flatnonzero(high > low)
+        self._n_groups, self._groups = len(low), np.flatnonzero(high > low)
         self._low, self._span = low[self._groups], (high - low)[self._groups]
         self._foresight = foresight
         self._columns: dict[tuple[str, int], _Column] = {}
@@ -83,7 +83,8 @@ class Forecaster:
     def points(self, policies: Sequence[Policy]) -> FloatArray:
         """`(n, n_free_groups)` coordinates."""
         keep = np.array([policy.keep for policy in policies], dtype=np.float64)
-        return (np.log(keep[:, self._groups]) - self._low) / self._span
+        keep = keep.reshape(len(policies), self._n_groups)
+        return np.asarray((np.log(keep[:, self._groups]) - self._low) / self._span)
 
     def fit(self, told: Told) -> None:
         """Fits to what was told; starts from the last fit's hyperparameters."""
@@ -119,9 +120,7 @@ class Forecaster:
         drawn = np.repeat(known.objectives[None], n, axis=0)
         for (kind, j), column in self._columns.items():
             if kind == "objective":
-                drawn[:, :, j] = column.samples(
-                    points, rng.standard_normal((n, len(policies)))
-                )
+                drawn[:, :, j] = column.samples(points, rng.standard_normal((n, len(policies))))
         return list(drawn)
 
     def _filled(

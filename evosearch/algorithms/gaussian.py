@@ -155,7 +155,7 @@ class GaussianProcess:
     def mean(self, points: FloatArray) -> FloatArray:
         """`(n,)` expected values."""
         cross = self._kernel(points - 0.5, self._points)
-        return self._shift + self._scale * np.round(cross @ self._weights, _DIGITS)
+        return np.asarray(self._shift + self._scale * np.round(cross @ self._weights, _DIGITS))
 
     def mean_and_covariance(self, points: FloatArray) -> tuple[FloatArray, FloatArray]:
         """`(n,)` expected values and their `(n, n)` covariance, without the noise."""

@@ -45,7 +45,7 @@ class Improvement:
         n_objectives = points.shape[1]
         if n_objectives == 1:
             best = self._front.min(initial=1.0)
-            return np.maximum(best - points[:, 0], 0.0)
+            return np.asarray(np.maximum(best - points[:, 0], 0.0))
         if n_objectives == 2:
             return self._of_two(points)
         return self._of_many(points)

@@ -115,7 +115,9 @@ class SensitivitySweep(Survivors):
         saved = (cost[0] - cost[1:]) / cost[0]
         rise = curves[free, place[free] + 1] - curves[free, place[free]]
         # A step that changes no width is free; one that rises for nothing comes last.
-        price = np.where(saved > 0, rise / np.where(saved > 0, saved, 1.0), np.where(rise > 0, np.inf, 0.0))
+        price = np.where(
+            saved > 0, rise / np.where(saved > 0, saved, 1.0), np.where(rise > 0, np.inf, 0.0)
+        )
         return np.asarray(steps[int(np.argmin(price))])
 
 

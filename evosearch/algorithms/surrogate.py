@@ -14,7 +14,6 @@ References:
         processes, spectral sampling and a genetic algorithm", J. Global Optimization 71, 2018.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,7 +105,8 @@ class SurrogateSearch(Survivors):
         self._forecaster = Forecaster(space, foresight)
         self._rng = np.random.default_rng(seed)
         self._initial: FloatArray | None = initial.copy()
-        self._told: dict[Policy, tuple[FloatArray, FloatArray, FloatArray]] = {}
+        # Genome, objectives and violations of each policy.
+        self._told: dict[Policy, list[FloatArray]] = {}
 
     def ask(self) -> FloatArray:
         """The next genomes."""
@@ -115,7 +115,7 @@ class SurrogateSearch(Survivors):
             genomes, self._initial = self._initial, None
         else:
             self._fit()
-            genomes = self._moves.genomes(self._choose(self._breed()))
+            genomes = self._choose(self._breed())
         return self._guard.ask(genomes)
 
     def tell(self, objectives: FloatArray, violations: FloatArray) -> None:
@@ -124,7 +124,7 @@ class SurrogateSearch(Survivors):
         for policy, *row in zip(
             self._space.decode(genomes), genomes, objectives, violations, strict=True
         ):
-            self._told.setdefault(policy, tuple(np.array(part) for part in row))
+            self._told.setdefault(policy, [np.array(part) for part in row])
 
     def _archive(self) -> Population:
         rows = self._told.values()
@@ -150,17 +150,17 @@ class SurrogateSearch(Survivors):
         )
 
     def _breed(self) -> Population:
-        """New policies that promise most on the model; their genomes are level indices."""
+        """New policies that promise most on the model."""
         options, moves = self._options, self._moves
         archive = self._archive()
         improvement = Improvement(archive.objectives, archive.violations)
-        best = archive.best(_PARENTS * self._size)
-        pool = Population(moves.indices(best.genomes), best.objectives, best.violations)
-        new = Population(pool.genomes[:0], pool.objectives[:0], pool.violations[:0])
+        pool = archive.best(_PARENTS * self._size)
+        new = pool.taken(np.empty(0, dtype=np.int64))
         seen = set(self._told)
         for _ in range(int(options.generations)):
-            children = self._children(pool.genomes, int(options.offspring) * self._size)
-            policies = self._space.decode(moves.genomes(children))
+            parents = moves.indices(pool.genomes)
+            children = moves.genomes(self._children(parents, int(options.offspring) * self._size))
+            policies = self._space.decode(children)
             fresh = [row for row in unique_rows(policies) if policies[row] not in seen]
             if not fresh:
                 continue
@@ -183,14 +183,15 @@ class SurrogateSearch(Survivors):
         switched = self._moves.switch(one[third : 2 * third], rng)
         return np.concatenate([crossed, switched, self._moves.step(one[2 * third :], rng)])
 
-    def _choose(self, candidates: Population) -> IntArray:
-        """Level indices of those to ask, one after the other, each beside those before it."""
+    def _choose(self, candidates: Population) -> FloatArray:
+        """Genomes to ask, one after the other, each for what it adds to those before it."""
         rng, n = self._rng, self._size
         archive = self._archive()
         if len(candidates.genomes) < n:
-            extra = rng.integers(0, self._moves.top + 1, size=(n, len(self._moves.top)))
-            return np.concatenate([candidates.genomes, extra])[:n]
-        policies = self._space.decode(self._moves.genomes(candidates.genomes))
+            # A small space is nearly exhausted: fill up with whatever it has.
+            levels = rng.integers(0, self._moves.top + 1, size=(n, len(self._moves.top)))
+            return np.concatenate([candidates.genomes, self._moves.genomes(levels)])[:n]
+        policies = self._space.decode(candidates.genomes)
         n_random = round(self._options.explore * n)
         views = [candidates.objectives] * (n - n_random)
         views += self._forecaster.imagined(policies, n_random, rng) if n_random else []
@@ -207,4 +208,4 @@ class SurrogateSearch(Survivors):
             chosen.append(best)
             if violation[best] <= 0:
                 improvement.add(candidates.objectives[best])
-        return np.asarray(candidates.genomes[chosen], dtype=np.int64)
+        return candidates.genomes[chosen]

@@ -32,7 +32,7 @@ class TestAlgorithms(AlgorithmContract):
         self.name = name
         self.n_genes = space().n_genes
         self.n_objectives = 1 if ALGORITHMS[name].single_objective else 2
-        self.seeded = name != "uniform"
+        self.seeded = name not in ("uniform", "sensitivity")
 
     def make(self, seed: int) -> Algorithm:
         return build(self.name, 8, seed, self.n_constraints)
@@ -60,7 +60,7 @@ class TestAlgorithms(AlgorithmContract):
 
 def test_seed_genomes_come_first_in_the_first_ask() -> None:
     seeds = np.random.default_rng(0).random((3, space().n_genes))
-    for name in ("nsga2", "gde3", "nsde", "random"):
+    for name in ("nsga2", "gde3", "nsde", "level-switch", "surrogate", "random"):
         settings = AlgorithmSettings(name=name, population=8, seed=1, options={})
         asked = make_algorithm(settings, space(), 2, 1, seeds).ask()
         assert asked is not None
@@ -84,13 +84,15 @@ def test_uniform_asks_for_the_ladder_and_then_for_nothing() -> None:
 
 def test_an_unknown_algorithm_is_refused_with_the_known_ones() -> None:
     settings = AlgorithmSettings(name="pso", population=8, seed=1, options={})
-    with pytest.raises(ConfigError, match=r"no 'pso'; there are de, nsga2, gde3, nsde, random"):
+    with pytest.raises(ConfigError, match=r"no 'pso'; there are de, nsga2, gde3, nsde, level-"):
         make_algorithm(settings, space(), 2, 1)
 
 
 def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
     settings = AlgorithmSettings(name="gde3", population=8, seed=1, options={"CR": 0.9})
-    with pytest.raises(ConfigError, match=r"search\.options\.CR: unknown for gde3; it has f, cr"):
+    with pytest.raises(
+        ConfigError, match=r"search\.options\.CR: unknown for gde3; it has f, cr, ad"
+    ):
         make_algorithm(settings, space(), 2, 1)
 
 

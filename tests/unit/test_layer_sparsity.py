@@ -322,3 +322,18 @@ def test_budget_out_of_reach_names_the_reachable_range(
 ) -> None:
     with pytest.raises(BudgetUnreachable, match=rf"space\.project_onto\.{sentence}"):
         LayerSparsity(traced("resnet20"), options)
+
+
+@pytest.mark.parametrize("options", [{}, {"round_to": 8}, {"grouping": "stage"}])
+def test_levels_give_every_width_in_order(options: dict[str, Any]) -> None:
+    space = LayerSparsity(chain_table(), options)
+    everything = space.decode(np.random.default_rng(0).random((3000, space.n_genes)))
+    for gene, values in enumerate(space.levels()):
+        genomes = np.zeros((len(values), space.n_genes))
+        genomes[:, gene] = values
+        keep = np.array([policy.keep for policy in space.decode(genomes)])
+        assert (np.diff(keep, axis=0) >= 0).all()
+        assert (np.diff(keep, axis=0) > 0).any(axis=1).all()
+        touched = np.flatnonzero(np.ptp(keep, axis=0) > 0)
+        reachable = {tuple(np.array(policy.keep)[touched]) for policy in everything}
+        assert reachable <= {tuple(row[touched]) for row in keep}
