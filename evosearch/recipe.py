@@ -99,7 +99,7 @@ class SearchRecipe(_Table):
     constraints: list[str] = []
     """Such as "macs <= 0.5"; all must hold."""
     algorithm: str = "nsga2"
-    """de, nsga2, gde3, nsde, random or uniform."""
+    """de, nsga2, gde3, nsde, level-switch, surrogate, random, uniform or sensitivity."""
     population: Count = 32
     """Genomes per generation."""
     evaluations: Count = 1000
