@@ -176,7 +176,8 @@ class Assembled:
                 "calibration": self.workload.calibration.digest(),
                 "validation": self.workload.validation.digest(),
             },
-            "weights": _state_digest(self.workload.state),
+            "weights": _digest(self.workload.state),
+            "channel_order": _digest({"places": self.workload.places}),
             "versions": {
                 name: importlib.metadata.version(name)
                 for name in ("evosearch", "torch", "numpy", "pymoo", "ray", "torch-pruning")
@@ -185,11 +186,11 @@ class Assembled:
         }
 
 
-def _state_digest(state: Mapping[str, NDArray[np.generic]]) -> str:
+def _digest(arrays: Mapping[str, NDArray[np.generic]]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(state):
+    for name in sorted(arrays):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(state[name]).tobytes())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
     return digest.hexdigest()
 
 

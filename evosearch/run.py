@@ -8,7 +8,7 @@ the search ends.
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -16,15 +16,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from evosearch.assembly import Assembled, algorithm_of, assemble, pool_settings
-from evosearch.errors import ConfigError, ConfigMismatch, RunExists
+from evosearch.errors import BudgetUnreachable, ConfigError, ConfigMismatch, RunExists
+from evosearch.facts import RunFacts, check_same, read_facts
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement
-from evosearch.recipe import Recipe, check_recipe, load_recipe
+from evosearch.recipe import Recipe, load_recipe
 from evosearch.results.export import export, front_records, write_atomically
 from evosearch.results.front import Results, read_results
 from evosearch.search import BASELINE, SEARCH, Outcome, Scoring, Search
 
 __all__ = ["Finished", "Observer", "StopSignal", "launch", "new_run_directory", "resume"]
+
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Observer(Protocol):
@@ -45,7 +49,7 @@ class Finished:
         directory: The run.
         outcome: Of the search.
         results: What was measured.
-        interrupted: Whether Ctrl-C ended it early.
+        interrupted: Whether it was stopped before search and uniform ladder were complete.
         files: What was written for people.
     """
 
@@ -73,15 +77,20 @@ class StopSignal:
         self.requested = True
         self._observer.phase("stopping: finishing what is in flight; Ctrl-C again to stop now")
 
+    def install(self) -> None:
+        """Handles SIGINT and SIGTERM from now on, whoever did before."""
+        for number in _STOPPING:
+            signal.signal(number, self._handle)
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Handles SIGINT and SIGTERM meanwhile."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, self._handle) for number in numbers]
+        before = [signal.getsignal(number) for number in _STOPPING]
+        self.install()
         try:
             yield
         finally:
-            for number, handler in zip(numbers, before, strict=True):
+            for number, handler in zip(_STOPPING, before, strict=True):
                 signal.signal(number, handler)
 
 
@@ -106,9 +115,9 @@ def _seeds(source: Path, assembled: Assembled) -> list[list[float]]:
     """Genomes of the last population of another run, best first."""
     with Ledger.open(source) as ledger:
         members = ledger.population()
-        groups = [(name, channels) for name, channels in ledger.meta("groups")]
+        groups = read_facts(ledger).groups
     table = assembled.workload.plan.table
-    if groups != [(group.name, group.channels) for group in table.groups]:
+    if groups != tuple((group.name, group.channels) for group in table.groups):
         raise ConfigError(f"--seed-from {source}: that run pruned another network")
     if not members:
         raise ConfigError(f"--seed-from {source}: that run has no population yet")
@@ -165,10 +174,11 @@ def resume(
         ConfigMismatch: Recipe, images, weights or groups are not what they were.
     """
     with Ledger.open(directory, write=True) as ledger:
-        recipe = check_recipe(ledger.meta("recipe"), f"the recipe in {ledger.path}")
+        recorded = read_facts(ledger)
+        recipe = recorded.recipe
         _check_unchanged(recipe, directory)
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=run_options or {})})
-        before = int(ledger.meta("evaluations"))
+        before = recorded.evaluations
         if evaluations is not None and evaluations < before:
             raise ConfigError(
                 f"--evaluations {evaluations} is less than the {before} this run was to make; "
@@ -176,7 +186,7 @@ def resume(
             )
         observer.phase(f"preparing {recipe.network.name}")
         assembled = assemble(recipe)
-        _check_facts(assembled.facts(), ledger, directory)
+        check_same(recorded, assembled.facts(), directory)
         ledger.set_meta("evaluations", evaluations or before)
         ledger.set_meta("state", "running")
         return _drive(assembled, ledger, directory, observer)
@@ -207,42 +217,30 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_facts(facts: dict[str, Any], ledger: Ledger, directory: Path) -> None:
-    """Refuses to mix measurements of different networks or images."""
-    for key, what in (
-        ("weights", "the network's weights"),
-        ("images", "the images"),
-        ("groups", "the network's groups"),
-    ):
-        recorded = ledger.meta(key)
-        now = facts[key]
-        if key == "groups":
-            now = [list(group) for group in now]
-        if now != recorded:
-            raise ConfigMismatch(
-                f"{what} of {directory} changed since it was launched ({key}: "
-                f"{str(recorded)[:40]}... then, {str(now)[:40]}... now); launch a new run"
-            )
-
-
 def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Observer) -> Finished:
     """The search, then the uniform ladder beside it, then the files for people."""
-    budget = int(ledger.meta("evaluations"))
+    facts = read_facts(ledger)
     stop = StopSignal(observer)
-    with stop.installed(), _LazyPool(assembled, observer) as pool:
+    lazy = _LazyPool(assembled, observer, stop)
+    with stop.installed(), lazy as pool, _recorded_stop(ledger):
         scoring = Scoring(
             table=assembled.workload.plan.table,
             goals=assembled.goals,
-            worst=ledger.meta("worst"),
+            worst=facts.worst,
             score=pool.score,
             stop=stop,
         )
-        outcome = _search(assembled, ledger, scoring, observer, budget)
-        if outcome.finished and assembled.recipe.search.baseline:
-            _baseline(assembled, ledger, scoring, observer)
-    interrupted = stop.requested and not outcome.finished
-    ledger.set_meta("state", "interrupted" if interrupted else "finished")
+        outcome = _search(assembled, ledger, scoring, observer, facts)
+        if outcome.finished and assembled.recipe.search.baseline and outcome.evaluations:
+            outcome = _with_baseline(outcome, _baseline(assembled, ledger, scoring, observer))
+    ledger.set_meta("state", "finished" if outcome.finished else "interrupted")
     ledger.set_meta("reason", outcome.reason)
+    if outcome.finished and not outcome.evaluations:
+        raise BudgetUnreachable(
+            f"nothing was measured: of all that {assembled.recipe.search.algorithm} asked for, no "
+            f"policy satisfies {' and '.join(map(str, assembled.goals.cost_constraints))} "
+            f"({outcome.reason}); loosen search.constraints or [space] and launch a new run"
+        )
     results = read_results(ledger)
     table, picture = directory / "front.csv", directory / "front.png"
     if results.rows:
@@ -254,9 +252,26 @@ def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Obse
         directory=directory,
         outcome=outcome,
         results=results,
-        interrupted=interrupted,
+        interrupted=not outcome.finished,
         files=(table, picture) if results.rows else (),
     )
+
+
+@contextmanager
+def _recorded_stop(ledger: Ledger) -> Iterator[None]:
+    """Being stopped at once is an end of its own, not a kill."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        ledger.set_meta("state", "interrupted")
+        raise
+
+
+def _with_baseline(search: Outcome, baseline: Outcome) -> Outcome:
+    """How both together ended: a run whose ladder is missing is not finished."""
+    if baseline.finished:
+        return search
+    return replace(search, finished=False, reason=f"{baseline.reason} in the uniform ladder")
 
 
 def _landing(observer: Observer, track: str, budget: int) -> Callable[[Measurement, int], None]:
@@ -267,15 +282,15 @@ def _landing(observer: Observer, track: str, budget: int) -> Callable[[Measureme
 
 
 def _search(
-    assembled: Assembled, ledger: Ledger, scoring: Scoring, observer: Observer, budget: int
+    assembled: Assembled, ledger: Ledger, scoring: Scoring, observer: Observer, facts: RunFacts
 ) -> Outcome:
-    seeds = np.array(ledger.meta("seeds"), dtype=np.float64)
+    seeds = np.array(facts.seeds, dtype=np.float64)
     seeds = seeds.reshape(-1, assembled.space.n_genes)
     algorithm = algorithm_of(
         assembled.recipe, assembled.space, assembled.goals, assembled.workload.plan.table, seeds
     )
     search = Search(assembled.space, algorithm, scoring, ledger)
-    return search.run(budget, _landing(observer, SEARCH, budget))
+    return search.run(facts.evaluations, _landing(observer, SEARCH, facts.evaluations))
 
 
 def _baseline(
@@ -295,9 +310,10 @@ def _baseline(
 class _LazyPool:
     """Starts the pool when the first unknown policy turns up: replays need no scorers."""
 
-    def __init__(self, assembled: Assembled, observer: Observer) -> None:
+    def __init__(self, assembled: Assembled, observer: Observer, stop: StopSignal) -> None:
         self._assembled = assembled
         self._observer = observer
+        self._stop = stop
         self._pool: Any = None
 
     def __enter__(self) -> "_LazyPool":
@@ -315,6 +331,11 @@ class _LazyPool:
             settings = pool_settings(self._assembled.recipe)
             if settings.workers:
                 self._observer.phase(f"starting {settings.workers} workers")
-            self._pool = make_pool(self._assembled.workload, settings)
+            try:
+                self._pool = make_pool(self._assembled.workload, settings)
+            except SystemExit as exc:  # what Ray makes of SIGTERM while it starts
+                raise KeyboardInterrupt from exc
+            # A cluster that is started here brings a SIGTERM handler of its own, which aborts.
+            self._stop.install()
             self._observer.phase("searching")
         self._pool.score(*arguments)

@@ -1,8 +1,10 @@
 """How a run stands, read from outside, also while it is being searched."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from evosearch.facts import read_facts
 from evosearch.ledger import Ledger, lock_holder
 from evosearch.results.front import read_results
 from evosearch.search import SEARCH
@@ -13,30 +15,36 @@ __all__ = ["read_status"]
 def read_status(run: Path) -> dict[str, Any]:
     """State, counts, pace and hypervolume of a run, as plain data.
 
+    Seconds are those of scoring, shared among the workers: time in which nobody searched, and what
+    the uniform ladder took, do not count.
+
     Raises:
         LedgerError: There is no usable run.
     """
     with Ledger.open(run) as ledger:
         holder = lock_holder(run)
-        progress = ledger.progress(SEARCH)
-        state = ledger.meta("state")
+        facts = read_facts(ledger)
+        state: str = facts.state
         if holder is None and state == "running":
             state = "killed"  # nobody holds the lock, and nobody wrote how it ended
         results = read_results(ledger)
-        budget = ledger.meta("evaluations")
-        first, last = progress.pop("first_at"), progress.pop("last_at")
-        elapsed = (last - first) if first is not None else 0.0
-        done = progress["evaluations"]
-        return {
-            "run": str(run),
-            "state": state,
-            "held_by": holder,
-            "algorithm": ledger.meta("recipe")["search"]["algorithm"],
-            "budget": budget,
-            **progress,
-            "elapsed_seconds": elapsed,
-            "seconds_left": elapsed / (done - 1) * (budget - done) if done > 1 else None,
-            "front": sum(row.on_front for row in results.rows),
-            "hypervolume": results.hypervolume(),
-            "baseline_hypervolume": results.baseline_hypervolume(),
-        }
+        generations = ledger.progress(SEARCH)["generations"]
+    done = len(results.rows)
+    scoring = sum(row.seconds for row in results.rows)
+    elapsed = scoring / max(facts.recipe.run.workers, 1)
+    return {
+        "run": str(run),
+        "state": state,
+        "held_by": holder,
+        "algorithm": facts.recipe.search.algorithm,
+        "budget": facts.evaluations,
+        "evaluations": done,
+        "by_status": dict(Counter(row.status.value for row in results.rows)),
+        "generations": generations,
+        "scoring_seconds": scoring,
+        "elapsed_seconds": elapsed,
+        "seconds_left": elapsed / done * (facts.evaluations - done) if done else None,
+        "front": sum(row.on_front for row in results.rows),
+        "hypervolume": results.hypervolume(),
+        "baseline_hypervolume": results.baseline_hypervolume(),
+    }

@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evosearch.facts import read_facts
 from evosearch.ledger import Entry, Ledger
 from evosearch.measurement import Status
 from evosearch.pareto import front_mask, hypervolume, total_violation
 from evosearch.policy import Policy
-from evosearch.recipe import check_recipe
 from evosearch.scoring.objectives import Constraint, Goals, reference_point
 from evosearch.search import BASELINE, SEARCH
 
@@ -101,6 +100,22 @@ class Results:
         )
 
 
+def _paid(
+    entries: Sequence[Entry], goals: Goals, dense: tuple[int, int], budget: int
+) -> list[Entry]:
+    """What a track's budget pays for: its first affordable policies, in the order of asking.
+
+    The last ask of a search may reach beyond the budget; what the other track measured of that
+    is not to its credit.
+    """
+    affordable = [
+        entry
+        for entry in entries
+        if goals.affordable({"macs": entry.macs / dense[0], "params": entry.params / dense[1]})
+    ]
+    return affordable[:budget]
+
+
 def _rows(entries: Sequence[Entry], goals: Goals, dense: tuple[int, int]) -> tuple[Row, ...]:
     found = []
     for entry in entries:
@@ -141,23 +156,27 @@ def _rows(entries: Sequence[Entry], goals: Goals, dense: tuple[int, int]) -> tup
 
 
 def read_results(ledger: Ledger) -> Results:
-    """Reads a run; also while it is being written."""
-    recipe = check_recipe(ledger.meta("recipe"), f"the recipe in {ledger.path}")
+    """Reads a run; also while it is being written.
+
+    Raises:
+        LedgerCorrupt: The ledger does not say what a run is.
+    """
+    facts = read_facts(ledger)
+    search = facts.recipe.search
     goals = Goals(
-        objectives=tuple(recipe.search.objectives),
-        constraints=tuple(Constraint.parse(text) for text in recipe.search.constraints),
+        objectives=tuple(search.objectives),
+        constraints=tuple(Constraint.parse(text) for text in search.constraints),
     )
-    dense_costs = (ledger.meta("dense_macs"), ledger.meta("dense_params"))
-    worst: dict[str, Any] = ledger.meta("worst")
+    dense = (facts.dense_macs, facts.dense_params)
+
+    def rows(track: str, budget: int) -> tuple[Row, ...]:
+        return _rows(_paid(ledger.entries(track), goals, dense, budget), goals, dense)
+
     return Results(
         goals=goals,
-        groups=tuple((name, channels) for name, channels in ledger.meta("groups")),
-        dense={
-            "macs": dense_costs[0],
-            "params": dense_costs[1],
-            "error": ledger.meta("dense_error"),
-        },
-        rows=_rows(ledger.entries(SEARCH), goals, dense_costs),
-        baseline=_rows(ledger.entries(BASELINE), goals, dense_costs),
-        reference=reference_point(goals.objectives, worst),
+        groups=facts.groups,
+        dense={"macs": dense[0], "params": dense[1], "error": facts.dense_error},
+        rows=rows(SEARCH, facts.evaluations),
+        baseline=rows(BASELINE, search.baseline),
+        reference=reference_point(goals.objectives, facts.worst),
     )

@@ -13,6 +13,7 @@ from torch import nn
 
 from evosearch.assembly import assemble
 from evosearch.errors import ConfigError, NetworkError
+from evosearch.facts import check_same, read_facts
 from evosearch.ledger import Ledger
 from evosearch.measurement import Status
 from evosearch.networks import (
@@ -27,7 +28,6 @@ from evosearch.networks import (
 from evosearch.policy import Policy
 from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.groups import trace
-from evosearch.recipe import check_recipe
 from evosearch.results.front import Row, read_results
 from evosearch.scoring.scorer import Scorer
 
@@ -62,13 +62,15 @@ def export_network(run: Path, file: Path, digits: str | None) -> str:
 
     Raises:
         ConfigError: No such policy, or several.
+        ConfigMismatch: Network or images are not the ones that were measured.
     """
     with Ledger.open(run) as ledger:
         results = read_results(ledger)
-        recipe = check_recipe(ledger.meta("recipe"), f"the recipe in {ledger.path}")
+        recorded = read_facts(ledger)
         measured = {row.policy: row for row in (*results.baseline, *results.rows)}
         row = _chosen(tuple(measured.values()), digits, run)
-    assembled = assemble(recipe)
+    assembled = assemble(recorded.recipe)
+    check_same(recorded, assembled.facts(), run)
     module = Scorer(assembled.workload).network_of(row.policy)
     spec = assembled.workload.spec
     facts = {

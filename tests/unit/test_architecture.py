@@ -29,6 +29,7 @@ LAYERS = (
     ("evosearch.results",),
     ("evosearch.assembly", "evosearch.testing"),
     ("evosearch.search",),
+    ("evosearch.facts",),
     ("evosearch.algorithms", "evosearch.scoring"),
     ("evosearch.pruning", "evosearch.training"),
     ("evosearch.data", "evosearch.networks", "search_spaces"),
@@ -55,6 +56,7 @@ HEAVY = ("torch", "torchvision", "torch_pruning", "ray", "pymoo", "pandas", "mat
 LIGHT = (
     "evosearch.checks",
     "evosearch.errors",
+    "evosearch.facts",
     "evosearch.ledger",
     "evosearch.measurement",
     "evosearch.pareto",

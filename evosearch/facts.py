@@ -1,0 +1,146 @@
+"""What a run was made from: read from its ledger in one checked piece, and compared with today.
+
+A ledger keeps measurements of one network on certain images. Whoever scores more for it, or writes
+a network by it, first makes sure that these are still the ones at hand.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from evosearch.errors import ConfigMismatch, LedgerCorrupt
+from evosearch.ledger import Ledger
+from evosearch.measurement import METRICS
+from evosearch.recipe import Recipe, explain
+
+__all__ = ["RunFacts", "check_same", "read_facts"]
+
+# Far more than another processor's rounding does, far less than another network does.
+_TOLERANCE = 1e-4
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class RunFacts(BaseModel):
+    """What the ledger of a run says about it, measurements apart."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    recipe: Recipe
+    """Nothing in it is left to be settled."""
+    groups: tuple[tuple[str, Count], ...]
+    """Name and channels of each group."""
+    dense_macs: Count
+    """Multiply-accumulates of the dense network."""
+    dense_params: Count
+    """Its parameters."""
+    dense_error: float
+    """Its top-1 error on the validation images."""
+    worst: dict[str, float]
+    """Per metric, the value for outputs that say nothing."""
+    images: dict[str, str]
+    """Digests of calibration and validation images."""
+    weights: str
+    """Digest of the dense network's tensors."""
+    channel_order: str
+    """Digest of the order in which channels of each group go."""
+    versions: dict[str, str]
+    """Of the libraries at launch."""
+    seeds: tuple[tuple[float, ...], ...]
+    """Genomes that the first population was to hold."""
+    evaluations: Count
+    """The budget: distinct policies to measure."""
+    state: Literal["running", "interrupted", "finished"]
+    """As its process left it."""
+    reason: str = ""
+    """Why the search ended."""
+
+    @field_validator("worst")
+    @classmethod
+    def _all_metrics(cls, worst: dict[str, float]) -> dict[str, float]:
+        if missing := sorted(METRICS.keys() - worst.keys()):
+            raise ValueError(f"{', '.join(missing)} missing")
+        return worst
+
+
+def read_facts(ledger: Ledger) -> RunFacts:
+    """Reads the facts of a run, also while it is being searched.
+
+    Raises:
+        LedgerCorrupt: One is missing or cannot be; names the file and the fact.
+    """
+    found = {}
+    for name in RunFacts.model_fields:
+        try:
+            found[name] = ledger.meta(name)
+        except KeyError:
+            continue  # what is missing and needed is named below
+    try:
+        return RunFacts.model_validate_json(json.dumps(found))
+    except ValidationError as exc:
+        raise LedgerCorrupt(
+            f"{ledger.path} is damaged or from another version of evosearch "
+            f"({explain(exc, RunFacts)}); restore it from a copy, or launch anew with another --out"
+        ) from exc
+
+
+def check_same(recorded: RunFacts, now: Mapping[str, Any], run: Path) -> None:
+    """Checks that network and images are the ones that were measured.
+
+    Outputs are compared, too: the code that makes a network may change while its tensors do not.
+
+    Args:
+        recorded: From the ledger.
+        now: The same facts of what is at hand.
+        run: Directory of the run, for the message.
+
+    Raises:
+        ConfigMismatch: They are not; names what changed and the libraries then and now.
+    """
+    then = recorded.model_dump(mode="json")
+    here = json.loads(json.dumps(dict(now)))
+    for key, what, tolerance in (
+        ("weights", "the network's weights", 0.0),
+        ("images", "the images", 0.0),
+        ("groups", "the network's groups", 0.0),
+        # On another processor a tie may fall the other way, for an image or so.
+        ("dense_error", "the dense network's error", max(_TOLERANCE, _one_image(recorded))),
+        ("worst", "the dense network's outputs", _TOLERANCE),
+        ("channel_order", "the order in which channels go", 0.0),
+    ):
+        if not _equal(then[key], here[key], tolerance):
+            raise ConfigMismatch(
+                f"{what} of {run} changed since it was launched ({key}: {_short(then[key])} then, "
+                f"{_short(here[key])} now; {_libraries(recorded.versions, now['versions'])}); put "
+                "back what it was launched with, or launch a new run"
+            )
+
+
+def _one_image(recorded: RunFacts) -> float:
+    images = recorded.recipe.data.validation
+    return 1.5 / images if images else 0.0
+
+
+def _equal(then: Any, now: Any, tolerance: float) -> bool:
+    if tolerance and isinstance(then, dict):
+        return then.keys() == now.keys() and all(abs(then[k] - now[k]) <= tolerance for k in then)
+    return abs(then - now) <= tolerance if tolerance else bool(then == now)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _libraries(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Versions that differ, then and now; or which all are the same."""
+    changed = [
+        f"{name} {then.get(name, 'absent')} then, {now.get(name, 'absent')} now"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+    same = ", ".join(f"{name} {version}" for name, version in sorted(then.items()))
+    return f"libraries: {'; '.join(changed) or f'{same} then and now'}"
