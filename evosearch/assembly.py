@@ -3,7 +3,8 @@
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,19 @@ from evosearch.policy import Policy
 from evosearch.pruning.groups import trace
 from evosearch.pruning.table import GroupTable
 from evosearch.recipe import DataRecipe, NetworkRecipe, Recipe
+from evosearch.scoring.devices import check_devices
 from evosearch.scoring.objectives import Constraint, Goals, worst_metrics
 from evosearch.scoring.pool import PoolSettings
-from evosearch.scoring.proxies import ProxySettings
+from evosearch.scoring.proxies import ProxySettings, proxy_named
 from evosearch.scoring.workload import Workload, prepare_workload, settled_precision
 from evosearch.space import SearchSpace, make_space
+
+# How many are drawn where a recipe says nothing, if there are so many.
+_IMAGES = {"calibration": 1000, "validation": 2000}
+# Share of the way from guessing to certainty below which a network seems not to know its images.
+_CLEARLY_ABOVE = 0.1
+# So many random policies show what a space can cost, where its extremes are not policies of it.
+_PROBES = 32
 
 __all__ = [
     "Assembled",
@@ -48,6 +57,7 @@ __all__ = [
     "goals_of",
     "network_spec",
     "pool_settings",
+    "reachable_costs",
     "source_of",
 ]
 
@@ -109,7 +119,13 @@ def source_of(recipe: Recipe) -> DataSource:
 
 
 def _draw(recipe: DataRecipe, key: str, pool: ImagePool) -> Images:
-    size = getattr(recipe, key)
+    wanted: int | None = getattr(recipe, key)
+    size = min(_IMAGES[key], len(pool.labels)) if wanted is None else wanted
+    if not len(pool.labels):
+        raise DataError(
+            f"data.{key}: {recipe.name} has no image for it; at least 20 are needed, of which "
+            "data.held_out are for validation (a tenth if left out)"
+        )
     try:
         return pool.take(balanced_subset(pool.labels, size, recipe.seed))
     except DataError as exc:
@@ -160,17 +176,33 @@ class Assembled:
     goals: Goals
     workload: Workload
 
+    @property
+    def dense_error(self) -> float:
+        """Top-1 error of the dense network on the validation images."""
+        labels = self.workload.validation.labels
+        return float((self.workload.dense_logits.argmax(axis=1) != labels).mean())
+
+    def doubts(self) -> list[str]:
+        """What is possible but hardly meant, in sentences."""
+        chance = 1 - worst_metrics(self.workload.dense_logits)["error"]
+        right = 1 - self.dense_error
+        if right > chance + _CLEARLY_ABOVE * (1 - chance):
+            return []
+        return [
+            f"warning: the dense network is right on {right:.1%} of the validation images, and "
+            f"guessing on {chance:.1%}; check network.weights, network.mean and network.std, and "
+            "the order of the classes"
+        ]
+
     def facts(self) -> dict[str, Any]:
         """What the ledger keeps about the run, as plain data."""
         table = self.workload.plan.table
-        labels = self.workload.validation.labels
-        dense_error = float((self.workload.dense_logits.argmax(axis=1) != labels).mean())
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "groups": [[group.name, group.channels] for group in table.groups],
             "dense_macs": table.dense_costs[0],
             "dense_params": table.dense_costs[1],
-            "dense_error": dense_error,
+            "dense_error": self.dense_error,
             "worst": worst_metrics(self.workload.dense_logits),
             "images": {
                 "calibration": self.workload.calibration.digest(),
@@ -201,49 +233,81 @@ def assemble(recipe: Recipe) -> Assembled:
         EvosearchError: Something does not; names the field, group or file.
     """
     goals = goals_of(recipe)
+    with _naming("proxy.name"):
+        proxy_named(recipe.proxy.name)
+    run = recipe.run
+    check_devices(run.workers, run.gpus_per_worker, run.ray_address)
     network, calibration, validation = _network_and_images(recipe)
     plan = trace(network)
     options = {key: value for key, value in recipe.space.items() if key != "name"}
     space = make_space(recipe.space["name"], plan.table, options)
-    costs = [plan.table.costs_of([policy]) for policy in (space.cheapest(), space.dearest())]
-    lowest, highest = (
-        {
-            "macs": int(macs[0]) / plan.table.dense_costs[0],
-            "params": int(params[0]) / plan.table.dense_costs[1],
-        }
-        for macs, params in costs
-    )
-    goals.check_reachable(lowest, highest)
+    if space.cheapest() == space.dearest():
+        raise ConfigError(
+            f"space: {', '.join(f'{k} = {v}' for k, v in options.items()) or 'this network'} "
+            "leaves every group a single width, and nothing to search; lower space.round_to or "
+            "widen space.sparsity"
+        )
+    goals.check_reachable(*reachable_costs(space, plan.table))
     # Made here once to refuse a wrong algorithm before anything is measured.
     algorithm_of(recipe, space, goals, plan.table, None)
-    recipe = _settled(recipe)
+    recipe = _settled(recipe, calibration, validation)
     proxy = recipe.proxy
-    workload = prepare_workload(
-        network,
-        plan,
-        ProxySettings(
-            name=proxy.name,
-            criterion=proxy.criterion,
-            recalibrate=proxy.recalibrate,
-            ridge=proxy.ridge,
-            recalibration_images=proxy.recalibration_images,
-            reconstruction_images=proxy.reconstruction_images,
-            reconstruction_layers=proxy.reconstruction_layers,
-            reconstruction_ridge=proxy.reconstruction_ridge,
-            precision=proxy.precision,
-            batch_size=proxy.batch_size,
-        ),
-        calibration,
-        validation,
-    )
+    with _naming("proxy.criterion"):
+        workload = prepare_workload(
+            network,
+            plan,
+            ProxySettings(
+                name=proxy.name,
+                criterion=proxy.criterion,
+                recalibrate=proxy.recalibrate,
+                ridge=proxy.ridge,
+                recalibration_images=proxy.recalibration_images,
+                reconstruction_images=proxy.reconstruction_images,
+                reconstruction_layers=proxy.reconstruction_layers,
+                reconstruction_ridge=proxy.reconstruction_ridge,
+                precision=proxy.precision,
+                batch_size=proxy.batch_size,
+            ),
+            calibration,
+            validation,
+        )
     return Assembled(recipe=recipe, space=space, goals=goals, workload=workload)
 
 
-def _settled(recipe: Recipe) -> Recipe:
-    """The recipe with `auto` replaced by what this machine has, so that a run never changes it."""
+@contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """Puts the name of a field in front of what is wrong with it."""
+    try:
+        yield
+    except ConfigError as exc:
+        raise ConfigError(f"{field}: {exc}") from exc
+
+
+def reachable_costs(
+    space: SearchSpace, table: GroupTable
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Lowest and highest shares of the dense network's costs that genomes of a space reach.
+
+    The cheapest and the dearest policy need not be among them: a space that projects onto a budget
+    never asks for either. Then the range is that of uniform and of random genomes.
+    """
+    probes = [space.encode(policy) for policy in (space.cheapest(), space.dearest())]
+    random = np.random.default_rng(0).random((_PROBES, space.n_genes))
+    macs, params = table.costs_of(space.decode(np.concatenate([probes, space.ladder(4), random])))
+    shares = {"macs": macs / table.dense_costs[0], "params": params / table.dense_costs[1]}
+    return (
+        {name: float(share.min()) for name, share in shares.items()},
+        {name: float(share.max()) for name, share in shares.items()},
+    )
+
+
+def _settled(recipe: Recipe, calibration: Images, validation: Images) -> Recipe:
+    """The recipe with all that it left open written down, so that a run never changes."""
     precision = settled_precision(recipe.proxy.precision, gpu=recipe.run.gpus_per_worker > 0)
     proxy = recipe.proxy.model_copy(update={"precision": precision})
-    return recipe.model_copy(update={"proxy": proxy})
+    sizes = {"calibration": len(calibration), "validation": len(validation)}
+    data = recipe.data.model_copy(update=sizes)
+    return recipe.model_copy(update={"proxy": proxy, "data": data})
 
 
 def foresight_of(goals: Goals, table: GroupTable) -> Foresight:

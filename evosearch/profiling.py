@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
-from evosearch.assembly import assemble
+from evosearch.assembly import assemble, reachable_costs
 from evosearch.measurement import Measurement
+from evosearch.networks import InputSpec
 from evosearch.pruning.table import FixedGroup, Group
 from evosearch.recipe import Recipe
+from evosearch.scoring.devices import local_device
 from evosearch.scoring.scorer import Scorer
 
 __all__ = ["Profile", "profile", "profile_lines"]
@@ -29,6 +31,10 @@ class Profile:
         predicted_seconds: Of the whole search.
         precision: Of forward passes, as settled for this machine.
         rounding: Divergence that it brings to the dense network, in nats.
+        images: For calibration and for validation.
+        dense_top1: Of the dense network on the validation images.
+        input: What the network takes, and how it is said to have been trained.
+        doubts: What is possible but hardly meant.
     """
 
     groups: tuple[Group, ...]
@@ -42,6 +48,10 @@ class Profile:
     predicted_seconds: float
     precision: str
     rounding: float
+    images: tuple[int, int]
+    dense_top1: float
+    input: InputSpec
+    doubts: tuple[str, ...]
 
 
 def profile(recipe: Recipe) -> Profile:
@@ -54,12 +64,11 @@ def profile(recipe: Recipe) -> Profile:
     table, space = assembled.workload.plan.table, assembled.space
     ladder = space.decode(space.ladder(3))
     middle = ladder[-1]
-    candidate = Scorer(assembled.workload).score(middle)
-    macs, params = table.costs_of([space.cheapest(), space.dearest(), middle])
-    shares = [
-        (int(m) / table.dense_costs[0], int(p) / table.dense_costs[1])
-        for m, p in zip(macs, params, strict=True)
-    ]
+    device = local_device(recipe.run.gpus_per_worker)
+    candidate = Scorer(assembled.workload, device).score(middle)
+    lowest, highest = (
+        (shares["macs"], shares["params"]) for shares in reachable_costs(space, table)
+    )
     workers = recipe.run.workers
     count = recipe.search.evaluations + recipe.search.baseline
     seconds = count * candidate.seconds / max(workers, 1) + (_RAY_START_S if workers else 0)
@@ -68,13 +77,17 @@ def profile(recipe: Recipe) -> Profile:
         fixed=table.fixed,
         n_genes=space.n_genes,
         dense=table.dense_costs,
-        lowest=shares[0],
-        highest=shares[1],
+        lowest=lowest,
+        highest=highest,
         candidate=candidate,
-        macs=shares[2][0],
+        macs=int(table.costs_of([middle])[0][0]) / table.dense_costs[0],
         predicted_seconds=seconds,
         precision=assembled.recipe.proxy.precision,
         rounding=assembled.workload.rounding,
+        images=(len(assembled.workload.calibration), len(assembled.workload.validation)),
+        dense_top1=1 - assembled.dense_error,
+        input=assembled.workload.input,
+        doubts=tuple(assembled.doubts()),
     )
 
 
@@ -100,6 +113,7 @@ def profile_lines(recipe: Recipe, found: Profile) -> list[str]:
         f"{name:11s} {low:.1%} to {high:.1%} of dense"
         for name, low, high in zip(names, found.lowest, found.highest, strict=True)
     ]
+    lines += _input_lines(recipe, found)
     constraints = ", ".join(recipe.search.constraints) or "none"
     lines.append(f"constraints {constraints} (satisfiable)")
     lines.append(
@@ -119,4 +133,21 @@ def profile_lines(recipe: Recipe, found: Profile) -> list[str]:
         f"prediction  {count} measurements with {recipe.run.workers} workers: about "
         f"{found.predicted_seconds / 60:.1f} min"
     )
-    return lines
+    return [*lines, *found.doubts]
+
+
+def _input_lines(recipe: Recipe, found: Profile) -> list[str]:
+    """Images, and what is done to them: a wrong normalisation spoils everything after it."""
+    shown, seen = found.input, []
+    if shown.crop_padding:
+        seen.append(f"cropped after padding by {shown.crop_padding}")
+    if shown.flip:
+        seen.append("mirrored")
+    mean, std = (", ".join(f"{v:g}" for v in values) for values in (shown.mean, shown.std))
+    return [
+        f"images      {found.images[0]} for calibration, {found.images[1]} for validation, of "
+        f"{recipe.data.name}; dense top-1 {found.dense_top1:.2%}",
+        f"normalised  (pixel / 255 - mean) / std; mean {mean}; std {std}",
+        f"training    images were {' and '.join(seen) or 'neither cropped nor mirrored'}; so are "
+        "those for calibration",
+    ]

@@ -83,10 +83,10 @@ class DataRecipe(_Table):
     """Images never trained on; a tenth of the training part if left out."""
     official_order: bool | None = None
     """Whether the order is already random: then the last images are held out."""
-    calibration: Count = 1000
-    """Images for batch norm and Gram matrices, from the training part."""
-    validation: Count = 2000
-    """Images that metrics are measured on, from the held-out part."""
+    calibration: Count | None = None
+    """Images for batch norm and Gram matrices, from the training part; 1000, or all there are."""
+    validation: Count | None = None
+    """Images that metrics are measured on, from the held-out part; 2000, or all there are."""
     seed: Seed = 0
     """Seed of both choices."""
 

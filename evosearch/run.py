@@ -137,6 +137,7 @@ def launch(
     _check_free(directory)
     observer.phase(f"preparing {recipe.network.name}")
     assembled = assemble(recipe)
+    _announce(assembled, observer)
     seeds = _seeds(seed_from, assembled) if seed_from else []
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -187,9 +188,19 @@ def resume(
         observer.phase(f"preparing {recipe.network.name}")
         assembled = assemble(recipe)
         check_same(recorded, assembled.facts(), directory)
+        _announce(assembled, observer)
         ledger.set_meta("evaluations", evaluations or before)
         ledger.set_meta("state", "running")
         return _drive(assembled, ledger, directory, observer)
+
+
+def _announce(assembled: Assembled, observer: Observer) -> None:
+    data = assembled.recipe.data
+    observer.phase(
+        f"{data.calibration} calibration and {data.validation} validation images of {data.name}"
+    )
+    for doubt in assembled.doubts():
+        observer.phase(doubt)
 
 
 def _check_unchanged(recipe: Recipe, directory: Path) -> None:

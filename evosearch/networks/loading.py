@@ -156,7 +156,8 @@ def build_module(spec: NetworkSpec) -> tuple[nn.Module, InputSpec]:
         arguments = dict(spec.arguments)
         if _takes_num_classes(factory):
             arguments.setdefault("num_classes", spec.num_classes)
-        return _call(spec.name, factory, arguments), IMAGENET
+        # What its images were mirrored for is not known; a digit or a letter must not be.
+        return _call(spec.name, factory, arguments), replace(IMAGENET, flip=False)
     found = _torchvision_factory(spec.name.removeprefix("torchvision:"))
     if found is None:
         raise NetworkError(
@@ -209,12 +210,28 @@ def _told_by_spec(spec: NetworkSpec) -> dict[str, Any]:
     return {key: value for key, value in told.items() if value is not None}
 
 
+def _check_parameters(module: nn.Module, spec: NetworkSpec) -> None:
+    origin = f"weights {spec.weights}" if spec.weights else f"network {spec.name!r}"
+    if next(module.parameters(), None) is None:
+        raise NetworkError(f"network {spec.name!r} has no parameters, and so nothing to prune")
+    buffers = {name for name, _ in module.named_buffers()}
+    for name, tensor in module.state_dict().items():
+        # A mask may hold infinities on purpose; statistics and parameters may not.
+        mask = name in buffers and not name.endswith(("running_mean", "running_var"))
+        bad = tensor.isnan() if mask else ~tensor.isfinite()
+        if bad.any():
+            raise NetworkError(
+                f"{origin}: {name} holds {int(bad.sum())} values that are not finite; train again, "
+                "or name an earlier checkpoint"
+            )
+
+
 def load_network(spec: NetworkSpec, image_shape: tuple[int, int, int] | None = None) -> Network:
     """Makes a network, loads its weights, and settles its input.
 
     Normalisation, input shape and augmentation come from the spec, else from the metadata of a
     safetensors file, else from the catalogue. A user's own network is in no catalogue: it is
-    assumed to take the images at hand, normalised like ImageNet.
+    assumed to take the images at hand, normalised like ImageNet, neither cropped nor mirrored.
 
     Args:
         spec: How to make it.
@@ -234,6 +251,7 @@ def load_network(spec: NetworkSpec, image_shape: tuple[int, int, int] | None = N
         state, metadata = read_weights(path)
         load_into(module, state, str(path))
         told = _told_by_metadata(metadata, str(path))
+    _check_parameters(module, spec)
     input_spec = replace(default, **{**told, **_told_by_spec(spec)})
     channels = input_spec.shape[0]
     for key, values in (("mean", input_spec.mean), ("std", input_spec.std)):

@@ -28,6 +28,7 @@ from evosearch.networks import (
 from evosearch.policy import Policy
 from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.groups import trace
+from evosearch.recipe import RunRecipe
 from evosearch.results.front import Row, read_results
 from evosearch.scoring.scorer import Scorer
 
@@ -69,7 +70,8 @@ def export_network(run: Path, file: Path, digits: str | None) -> str:
         recorded = read_facts(ledger)
         measured = {row.policy: row for row in (*results.baseline, *results.rows)}
         row = _chosen(tuple(measured.values()), digits, run)
-    assembled = assemble(recorded.recipe)
+    # Where it was searched does not matter any more.
+    assembled = assemble(recorded.recipe.model_copy(update={"run": RunRecipe(workers=0)}))
     check_same(recorded, assembled.facts(), run)
     module = Scorer(assembled.workload).network_of(row.policy)
     spec = assembled.workload.spec

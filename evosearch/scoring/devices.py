@@ -1,0 +1,52 @@
+"""Whether this machine has the devices that a recipe's `[run]` table asks for."""
+
+import torch
+
+from evosearch.errors import BackendError, ConfigError
+
+__all__ = ["check_devices", "local_device"]
+
+
+def check_devices(workers: int, gpus_per_worker: float, ray_address: str | None) -> None:
+    """Checks what can be known before anything is made; an existing cluster knows for itself.
+
+    Args:
+        workers: Scorers on Ray; 0 scores in this process.
+        gpus_per_worker: Share of a GPU for each.
+        ray_address: The cluster to join, if any.
+
+    Raises:
+        ConfigError: The settings contradict each other.
+        BackendError: There are fewer GPUs than are asked for.
+    """
+    if ray_address is not None and workers == 0:
+        raise ConfigError(
+            f"run.ray_address = {ray_address!r} is of no use with run.workers = 0; "
+            "set --workers, or leave the address out"
+        )
+    if gpus_per_worker == 0 or ray_address is not None:
+        return
+    if gpus_per_worker > 1 and gpus_per_worker != int(gpus_per_worker):
+        raise ConfigError(
+            f"run.gpus_per_worker = {gpus_per_worker:g} must be a whole number or less than 1"
+        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise BackendError(
+            f"run.gpus_per_worker = {gpus_per_worker:g}, but torch finds no GPU on this machine; "
+            "set it to 0, or join a cluster with --ray-address"
+        )
+    # A share of a GPU lies on one of them.
+    room = (
+        count * int(1 / gpus_per_worker) if gpus_per_worker < 1 else count // int(gpus_per_worker)
+    )
+    if max(workers, 1) > room:
+        raise BackendError(
+            f"run.workers = {workers} with run.gpus_per_worker = {gpus_per_worker:g} want more "
+            f"than the {count} GPUs here, which have room for {room}; ask for fewer"
+        )
+
+
+def local_device(gpus_per_worker: float) -> str:
+    """Where this process scores, `cuda` or `cpu`."""
+    return "cuda" if gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"

@@ -1,0 +1,172 @@
+"""Names become objects that fit together, or a sentence says which field does not."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from evosearch.assembly import Assembled, assemble
+from evosearch.errors import BudgetUnreachable, ConfigError, DataError, NetworkError
+from evosearch.networks import NetworkSpec, load_network, save_weights
+from evosearch.profiling import profile, profile_lines
+from evosearch.recipe import check_recipe
+
+Made = Callable[..., Assembled]
+
+
+class Net(nn.Module):
+    """One convolution with a bias that can be made to favour a class."""
+
+    def __init__(self, num_classes: int = 10, favour: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 16, 3, 4, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, num_classes)
+        with torch.no_grad():
+            self.head.bias[0] += favour
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+def recipe(**tables: dict[str, Any]) -> Any:
+    data: dict[str, Any] = {
+        "network": {"name": f"{__name__}:Net"},
+        "data": {"calibration": 64, "validation": 64},
+        "proxy": {"name": "raw", "criterion": "l1"},
+        "run": {"workers": 0},
+    }
+    for name, table in tables.items():
+        data[name] = {**data.get(name, {}), **table}
+    return check_recipe(data, "a test")
+
+
+@pytest.fixture
+def few_images(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "few.npz"
+    pixels = rng.integers(0, 256, (300, 16, 16, 3), dtype=np.uint8)
+    np.savez(path, images=pixels, labels=np.arange(300) % 10)
+    return path
+
+
+def test_sizes_left_open_are_what_there_is_and_are_written_down(few_images: Path) -> None:
+    unsaid = {"name": str(few_images), "calibration": None, "validation": None}
+    assembled = assemble(recipe(data=unsaid))
+    data = assembled.recipe.data
+    assert (data.calibration, data.validation) == (270, 30)
+    assert len(assembled.workload.calibration) == 270
+    assert check_recipe(assembled.facts()["recipe"], "the ledger").data == data
+
+
+def test_a_size_that_was_named_is_meant(few_images: Path) -> None:
+    with pytest.raises(DataError, match=r"data.validation = 31: wanted 31 images of the 30"):
+        assemble(recipe(data={"name": str(few_images), "validation": 31}))
+
+
+def test_a_part_without_images_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "five.npz"
+    np.savez(path, images=np.zeros((5, 8, 8, 3), np.uint8), labels=np.arange(5))
+    with pytest.raises(DataError, match=r"data.validation: .*five.npz has no image for it"):
+        assemble(recipe(data={"name": str(path), "calibration": None, "validation": None}))
+
+
+@pytest.mark.parametrize(
+    ("space", "constraint", "reach"),
+    [
+        ({"project_onto": {"macs": 0.5}}, "macs <= 0.4", r"macs can be 0.\d+ to 0.5000"),
+        ({"project_onto": {"params": 0.6}}, "params <= 0.3", r"params can be 0.\d+ to 0.\d+"),
+        ({"sparsity": [0.0, 0.5]}, "macs <= 0.3", r"macs can be 0.5\d* to 1.0000"),
+    ],
+)
+def test_budgets_that_contradict_each_other_are_refused(
+    space: dict[str, Any], constraint: str, reach: str
+) -> None:
+    with pytest.raises(BudgetUnreachable, match=rf"{constraint} is out of reach; .*{reach}"):
+        assemble(recipe(space=space, search={"constraints": [constraint]}))
+
+
+def test_a_projection_below_a_constraint_is_fine() -> None:
+    space, search = {"project_onto": {"macs": 0.5}}, {"constraints": ["macs <= 0.6"]}
+    assembled = assemble(recipe(space=space, search=search))
+    assert [str(c) for c in assembled.goals.constraints] == ["macs <= 0.6"]
+
+
+@pytest.mark.parametrize("space", [{"round_to": 1000}, {"sparsity": [0.5, 0.5]}])
+def test_a_space_of_one_policy_is_refused(space: dict[str, Any]) -> None:
+    ((option, value),) = space.items()
+    with pytest.raises(ConfigError, match=re.escape(f"space: {option} = {value} leaves every")):
+        assemble(recipe(space=space))
+
+
+@pytest.mark.parametrize(("field", "value"), [("name", "oracle"), ("criterion", "beauty")])
+def test_a_wrong_name_says_in_which_field_it_is(field: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"proxy.{field}: no .*'{value}'; there are"):
+        assemble(recipe(proxy={field: value}))
+
+
+def test_a_network_that_guesses_is_doubted() -> None:
+    guessing = assemble(recipe(network={"arguments": {"favour": 100.0}}))
+    (doubt,) = guessing.doubts()
+    assert "is right on 10.9% of the validation images, and guessing on 10.0%" in doubt
+
+
+def test_a_network_that_knows_its_images_is_not_doubted() -> None:
+    trained = {"name": "resnet20", "weights": "shipped:resnet20-cifar10"}
+    assert assemble(recipe(network=trained)).doubts() == []
+
+
+def test_profile_shows_what_is_done_to_images() -> None:
+    plain = recipe(network={"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.24, 0.26]})
+    lines = "\n".join(profile_lines(plain, profile(plain)))
+    assert "images      64 for calibration, 64 for validation, of cifar10-sample" in lines
+    assert "mean 0.5, 0.4, 0.3; std 0.25, 0.24, 0.26" in lines
+    assert "images were neither cropped nor mirrored" in lines
+    assert "warning: the dense network is right on" in lines
+
+
+def test_profile_shows_the_costs_that_a_projection_leaves() -> None:
+    projected = recipe(space={"project_onto": {"macs": 0.5}})
+    found = profile(projected)
+    assert 0.4 < found.lowest[0] <= found.highest[0] <= 0.5
+
+
+def test_own_networks_are_not_mirrored_unless_they_say_so() -> None:
+    spec = NetworkSpec(name=f"{__name__}:Net")
+    assert load_network(spec, (16, 16, 3)).input.flip is False
+    asked = NetworkSpec(name=f"{__name__}:Net", flip=True)
+    assert load_network(asked, (16, 16, 3)).input.flip is True
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tensor", ["conv.weight", "norm.running_var"])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, tensor: str, value: float) -> None:
+    net = Net()
+    net.state_dict()[tensor].view(-1)[3] = value
+    path = tmp_path / "burst.safetensors"
+    save_weights(path, net, {})
+    with pytest.raises(NetworkError, match=rf"burst.safetensors: {tensor} holds 1 values .*finite"):
+        load_network(NetworkSpec(name=f"{__name__}:Net", weights=str(path)))
+
+
+class Masked(Net):
+    """Has a mask, which holds infinities on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((2, 2), float("-inf")))
+
+
+def test_a_mask_may_be_infinite() -> None:
+    assert load_network(NetworkSpec(name=f"{__name__}:Masked")).module.mask.isinf().all()
+
+
+def test_a_network_without_parameters_has_nothing_to_prune() -> None:
+    with pytest.raises(NetworkError, match=r"'torch.nn:Flatten' has no parameters.*to prune"):
+        load_network(NetworkSpec(name="torch.nn:Flatten"))
