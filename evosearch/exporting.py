@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from evosearch.errors import ConfigError
+from evosearch.files import write_atomically
 from evosearch.ledger import Ledger
 from evosearch.results.export import (
     Records,
@@ -10,7 +11,6 @@ from evosearch.results.export import (
     front_records,
     measurement_records,
     population_records,
-    write_atomically,
 )
 from evosearch.results.front import Results, read_results
 

@@ -18,10 +18,11 @@ import numpy as np
 from evosearch.assembly import Assembled, algorithm_of, assemble, pool_settings
 from evosearch.errors import BudgetUnreachable, ConfigError, ConfigMismatch, RunExists
 from evosearch.facts import RunFacts, check_same, read_facts
+from evosearch.files import write_atomically
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement
 from evosearch.recipe import Recipe, load_recipe
-from evosearch.results.export import export, front_records, write_atomically
+from evosearch.results.export import export, front_records
 from evosearch.results.front import Results, read_results
 from evosearch.search import BASELINE, SEARCH, Outcome, Scoring, Search
 

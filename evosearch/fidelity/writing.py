@@ -11,7 +11,8 @@ import numpy as np
 
 from evosearch.fidelity.comparison import Comparison, PolicyRow
 from evosearch.fidelity.statistics import Correlation
-from evosearch.results.export import Records, export, write_atomically
+from evosearch.files import write_atomically
+from evosearch.results.export import Records, export
 
 __all__ = ["write_files"]
 

@@ -1,7 +1,6 @@
 """Reading and writing weights: safetensors, or a state dict that needs no unpickling of code."""
 
 import json
-import os
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from evosearch.errors import BackendError, NetworkError
+from evosearch.files import write_atomically
 
 __all__ = ["load_into", "read_weights", "save_weights", "weights_path"]
 
@@ -68,8 +68,11 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"{path} holds more than tensors, and loading it would run its code; "
                 "save network.state_dict() instead of the network"
             ) from exc
-        first = str(exc).split("\n", maxsplit=1)[0]
-        raise NetworkError(f"{path} is not a readable state dict: {first}") from exc
+        # What torch says is about its own options, and would have the user turn off a safeguard.
+        raise NetworkError(
+            f"{path} is not a readable state dict: damaged, or a file of another kind; wanted "
+            "safetensors or what torch.save(network.state_dict(), ...) wrote"
+        ) from exc
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -117,22 +120,18 @@ def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, object]) 
     """Writes a network's tensors as safetensors, atomically.
 
     Args:
-        path: Ends with `.safetensors`.
+        path: Ends with `.safetensors`; its folder is made if need be.
         module: Its state dict is written.
         metadata: Values are stored as JSON text.
 
     Raises:
+        ConfigError: The file cannot have that name.
         BackendError: The file cannot be written.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         # Not by safetensors' own writer, which ignores the user's umask.
-        scratch.write_bytes(save(tensors, {k: json.dumps(v) for k, v in metadata.items()}))
-        with scratch.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        scratch.replace(path)
-    except (SafetensorError, OSError, RuntimeError) as exc:
+        content = save(tensors, {k: json.dumps(v) for k, v in metadata.items()})
+    except (SafetensorError, RuntimeError) as exc:
         raise BackendError(f"cannot write {path}: {exc}") from exc
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_atomically(path, lambda scratch: scratch.write_bytes(content))

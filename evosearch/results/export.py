@@ -5,13 +5,13 @@ exports the same bytes. Only `--all` adds the seconds that scoring took.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evosearch.errors import BackendError, ConfigError
+from evosearch.errors import ConfigError
+from evosearch.files import write_atomically
 from evosearch.ledger import Member
 from evosearch.measurement import METRICS
 from evosearch.policy import Policy
@@ -26,7 +26,6 @@ __all__ = [
     "front_records",
     "measurement_records",
     "population_records",
-    "write_atomically",
 ]
 
 
@@ -115,25 +114,6 @@ def population_records(results: Results, members: Sequence[Member]) -> Records:
             for member in members
         ),
     )
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file under a temporary name, then gives it its own.
-
-    Raises:
-        BackendError: The file cannot be written.
-    """
-    scratch = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(scratch)
-        with scratch.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        scratch.replace(path)
-    except OSError as exc:
-        raise BackendError(f"cannot write {path}: {exc.strerror or exc}") from exc
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _write_json(records: Records, path: Path) -> None:

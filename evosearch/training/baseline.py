@@ -68,6 +68,10 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2:
             raise ConfigError("training needs epochs >= 1 and a batch size >= 2")
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"--lr must be above 0 and finite, got {self.lr:g}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"--weight-decay must be at least 0, got {self.weight_decay:g}")
         if self.precision not in ("float32", "bfloat16"):
             raise ConfigError(f"precision is float32 or bfloat16, got {self.precision!r}")
 

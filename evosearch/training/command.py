@@ -12,7 +12,8 @@ import torch
 
 from evosearch.data import ImagePool, Images, SourceOptions, open_source
 from evosearch.errors import ConfigError
-from evosearch.networks import NetworkSpec, load_network, save_weights
+from evosearch.files import make_parent, write_atomically
+from evosearch.networks import NetworkSpec, build_module, load_network, save_weights
 from evosearch.training.baseline import EpochLog, TrainSettings, top1, train, write_log
 
 __all__ = ["Trained", "train_baseline"]
@@ -50,19 +51,22 @@ def train_baseline(
 
     Raises:
         ConfigError: `out` does not end with `.safetensors`, or exists already.
+        NetworkError: The network cannot be made.
         DataError: The data cannot be read, or a label has no class.
     """
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out must end with .safetensors, got {out}")
     if out.exists():
         raise ConfigError(f"--out: {out} exists; remove it or name another file")
+    # The network first: images may have to be fetched.
+    build_module(spec)
     source = open_source(data, options)
     images, held_out = _all(source.training()), _all(source.held_out())
     if images.labels.max() >= spec.num_classes:
         raise ConfigError(
             f"--num-classes is {spec.num_classes}, but {data} has a label {images.labels.max()}"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(out)
     torch.manual_seed(settings.seed)
     height, width, channels = images.pixels.shape[1:]
     network = load_network(spec, (height, width, channels))
@@ -92,7 +96,8 @@ def train_baseline(
     }
     record, log_path = out.with_suffix(".json"), out.with_suffix(".log.csv")
     write_log(log_path, log)
-    record.write_text(json.dumps(facts, indent=2) + "\n")
+    text = json.dumps(facts, indent=2) + "\n"
+    write_atomically(record, lambda scratch: scratch.write_text(text))
     save_weights(out, network.module, facts)
     checkpoint.unlink(missing_ok=True)
     return Trained(

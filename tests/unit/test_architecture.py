@@ -36,7 +36,7 @@ LAYERS = (
     ("evosearch.ledger", "evosearch.scoring.objectives", "evosearch.space"),
     ("evosearch.measurement", "evosearch.pruning.table"),
     ("evosearch.pareto", "evosearch.policy", "evosearch.recipe"),
-    ("evosearch.checks", "evosearch.fidelity.statistics"),
+    ("evosearch.checks", "evosearch.fidelity.statistics", "evosearch.files"),
     ("evosearch.errors",),
 )
 OWNERS = {
@@ -57,6 +57,7 @@ LIGHT = (
     "evosearch.checks",
     "evosearch.errors",
     "evosearch.facts",
+    "evosearch.files",
     "evosearch.ledger",
     "evosearch.measurement",
     "evosearch.pareto",
