@@ -295,8 +295,8 @@ def train(
     num_classes: Annotated[int, typer.Option(min=1, help="Width of the classifier")] = 10,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images")] = 100,
     batch_size: Annotated[int, typer.Option(min=2, help="Images per step")] = 128,
-    lr: Annotated[float, typer.Option(help="Peak learning rate")] = 0.1,
-    weight_decay: Annotated[float, typer.Option(help="L2 penalty")] = 5e-4,
+    lr: Annotated[float, typer.Option(help="Peak learning rate, above 0")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(min=0, help="L2 penalty")] = 5e-4,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order and crops")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
@@ -378,6 +378,22 @@ def _root() -> None:
     """Evolutionary search of pruning policies for convolutional networks."""
 
 
+def _details(exc: Exception) -> str:
+    """Writes down all that a report of a defect needs, and says where."""
+    import tempfile
+    import traceback
+
+    text = "\n".join([*sys.argv, sys.version, "".join(traceback.format_exception(exc))])
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", prefix="evosearch-", suffix=".log", delete=False
+        ) as stream:
+            stream.write(text)
+    except OSError as failure:
+        return f"and its details cannot be written: {failure.strerror}"
+    return f"please report it with {stream.name}"
+
+
 def main() -> None:
     """Entry point of the console script: errors become a sentence and an exit code."""
     try:
@@ -388,3 +404,11 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("evosearch: stopped; what was measured is recorded", err=True)
         sys.exit(INTERRUPTED)
+    except Exception as exc:  # noqa: BLE001  the last resort: nobody is shown a traceback
+        first = (str(exc).strip().splitlines() or ["no message"])[0]
+        typer.echo(
+            f"evosearch: unexpected {type(exc).__name__}: {first}; this should not happen, "
+            f"{_details(exc)}",
+            err=True,
+        )
+        sys.exit(1)
