@@ -45,6 +45,8 @@ from evosearch.space import SearchSpace, make_space
 _IMAGES = {"calibration": 1000, "validation": 2000}
 # Share of the way from guessing to certainty below which a network seems not to know its images.
 _CLEARLY_ABOVE = 0.1
+# Of so many images and classes the ledger keeps what the dense network puts out.
+_SHOWN = 16
 # So many random policies show what a space can cost, where its extremes are not policies of it.
 _PROBES = 32
 
@@ -203,6 +205,7 @@ class Assembled:
             "dense_macs": table.dense_costs[0],
             "dense_params": table.dense_costs[1],
             "dense_error": self.dense_error,
+            "outputs": self.workload.dense_logits[:_SHOWN, :_SHOWN].astype(float).tolist(),
             "worst": worst_metrics(self.workload.dense_logits),
             "images": {
                 "calibration": self.workload.calibration.digest(),

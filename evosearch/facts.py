@@ -18,7 +18,8 @@ from evosearch.recipe import Recipe, explain
 
 __all__ = ["RunFacts", "check_same", "read_facts"]
 
-# Far more than another processor's rounding does, far less than another network does.
+# Far more than another processor's rounding does, far less than another network does; relative to
+# the largest output.
 _TOLERANCE = 1e-4
 
 Count = Annotated[int, Field(ge=1)]
@@ -41,6 +42,8 @@ class RunFacts(BaseModel):
     """Its top-1 error on the validation images."""
     worst: dict[str, float]
     """Per metric, the value for outputs that say nothing."""
+    outputs: tuple[tuple[float, ...], ...]
+    """Some of the dense network's outputs, to tell it from others with the same tensors."""
     images: dict[str, str]
     """Digests of calibration and validation images."""
     weights: str
@@ -108,12 +111,13 @@ def check_same(recorded: RunFacts, now: Mapping[str, Any], run: Path) -> None:
         ("groups", "the network's groups", 0.0),
         # On another processor a tie may fall the other way, for an image or so.
         ("dense_error", "the dense network's error", max(_TOLERANCE, _one_image(recorded))),
-        ("worst", "the dense network's outputs", _TOLERANCE),
+        ("outputs", "what the dense network puts out", _TOLERANCE),
+        ("worst", "how sure the dense network is", _TOLERANCE),
         ("channel_order", "the order in which channels go", 0.0),
     ):
         if not _equal(then[key], here[key], tolerance):
             raise ConfigMismatch(
-                f"{what} of {run} changed since it was launched ({key}: {_short(then[key])} then, "
+                f"{what} changed since {run} was launched ({key}: {_short(then[key])} then, "
                 f"{_short(here[key])} now; {_libraries(recorded.versions, now['versions'])}); put "
                 "back what it was launched with, or launch a new run"
             )
@@ -125,9 +129,22 @@ def _one_image(recorded: RunFacts) -> float:
 
 
 def _equal(then: Any, now: Any, tolerance: float) -> bool:
-    if tolerance and isinstance(then, dict):
-        return then.keys() == now.keys() and all(abs(then[k] - now[k]) <= tolerance for k in then)
-    return abs(then - now) <= tolerance if tolerance else bool(then == now)
+    if not tolerance:
+        return bool(then == now)
+    first, second = _numbers(then), _numbers(now)
+    # Outputs have any scale, metrics have theirs.
+    scale = max(map(abs, first), default=0.0) if isinstance(then, list) else 1.0
+    bound = tolerance * scale
+    return len(first) == len(second) and all(
+        abs(a - b) <= bound for a, b in zip(first, second, strict=True)
+    )
+
+
+def _numbers(value: Any) -> list[float]:
+    """All numbers of a fact, in order."""
+    if isinstance(value, dict):
+        return [value[key] for key in sorted(value)]
+    return [number for row in value for number in row] if isinstance(value, list) else [value]
 
 
 def _short(value: Any) -> str:

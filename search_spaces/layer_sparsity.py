@@ -6,7 +6,14 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from evosearch.checks import check_unit_interval
 from evosearch.errors import BudgetUnreachable, ConfigError
@@ -52,6 +59,14 @@ class LayerSparsityOptions(BaseModel):
     """A gene per group, or one for all groups of a stage (same resolution)."""
     project_onto: ProjectOnto | None = None
     """Scale every policy so that it spends this budget."""
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _pair(cls, given: Any) -> Any:
+        if not isinstance(given, list | tuple) or len(given) != 2:
+            shown = f", got {given}" if isinstance(given, list | tuple) else ""
+            raise ValueError(f"must be two shares, smallest and largest{shown}")
+        return given
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

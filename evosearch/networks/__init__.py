@@ -1,7 +1,13 @@
 """Dense networks: built in, torchvision's or a user's own, with weights and normalisation."""
 
 from evosearch.networks.catalogue import BUILT_IN, InputSpec
-from evosearch.networks.loading import Network, NetworkSpec, build_module, load_network
+from evosearch.networks.loading import (
+    Network,
+    NetworkSpec,
+    build_module,
+    is_own,
+    load_network,
+)
 from evosearch.networks.weights import load_into, read_weights, save_weights, weights_path
 
 __all__ = [
@@ -10,6 +16,7 @@ __all__ = [
     "Network",
     "NetworkSpec",
     "build_module",
+    "is_own",
     "load_into",
     "load_network",
     "read_weights",

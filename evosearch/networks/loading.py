@@ -98,13 +98,21 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
+def _import_named(name: str) -> ModuleType:
+    # A console script, unlike `python -m`, does not look for modules where it runs.
+    here = str(Path.cwd())
+    if not {here, ""} & set(sys.path):
+        sys.path.insert(0, here)
+    return importlib.import_module(name)
+
+
 def _own_factory(name: str) -> Callable[..., nn.Module]:
     place, _, attribute = name.rpartition(":")
     path = Path(place).resolve()
     if place.endswith(".py") and not path.is_file():
         raise NetworkError(f"network {name!r}: file {path} does not exist")
     try:
-        module = _import_file(path) if place.endswith(".py") else importlib.import_module(place)
+        module = _import_file(path) if place.endswith(".py") else _import_named(place)
     except (Exception, SystemExit) as exc:  # a user's file may do anything while it is imported
         raise NetworkError(f"network {name!r}: importing {place} failed with {exc!r}") from exc
     factory = getattr(module, attribute, None)
@@ -137,13 +145,19 @@ def _takes_num_classes(factory: Callable[..., Any]) -> bool:
         return False
 
 
-def build_module(spec: NetworkSpec) -> tuple[nn.Module, InputSpec]:
+def build_module(
+    spec: NetworkSpec, factory: Callable[..., nn.Module] | None = None
+) -> tuple[nn.Module, InputSpec]:
     """Makes the network with random weights, and says what input it has by default.
+
+    Args:
+        spec: What to make.
+        factory: Makes it instead of what the name stands for.
 
     Raises:
         NetworkError: The name is unknown, or making it failed.
     """
-    if spec.name in BUILT_IN:
+    if factory is None and spec.name in BUILT_IN:
         entry = BUILT_IN[spec.name]
         if spec.arguments:
             raise NetworkError(
@@ -151,8 +165,8 @@ def build_module(spec: NetworkSpec) -> tuple[nn.Module, InputSpec]:
                 f"{', '.join(spec.arguments)}"
             )
         return _call(spec.name, entry.make, {"num_classes": spec.num_classes}), entry.input
-    if is_own(spec.name):
-        factory = _own_factory(spec.name)
+    if factory is not None or is_own(spec.name):
+        factory = factory or _own_factory(spec.name)
         arguments = dict(spec.arguments)
         if _takes_num_classes(factory):
             arguments.setdefault("num_classes", spec.num_classes)

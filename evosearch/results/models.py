@@ -6,13 +6,17 @@ fills it; nothing is unpickled.
 """
 
 import json
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from evosearch.assembly import assemble
-from evosearch.errors import ConfigError, NetworkError
+from evosearch.errors import ConfigError, NetworkError, PolicyError
 from evosearch.facts import check_same, read_facts
 from evosearch.ledger import Ledger
 from evosearch.measurement import Status
@@ -21,6 +25,7 @@ from evosearch.networks import (
     Network,
     NetworkSpec,
     build_module,
+    is_own,
     load_into,
     read_weights,
     save_weights,
@@ -28,11 +33,26 @@ from evosearch.networks import (
 from evosearch.policy import Policy
 from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.groups import trace
-from evosearch.recipe import RunRecipe
+from evosearch.recipe import RunRecipe, explain
 from evosearch.results.front import Row, read_results
 from evosearch.scoring.scorer import Scorer
 
 __all__ = ["export_network", "load_pruned"]
+
+
+class _Pruned(BaseModel):
+    """What the metadata of a pruned network must say."""
+
+    model_config = ConfigDict(frozen=True)
+
+    network: str
+    num_classes: int
+    arguments: dict[str, Any]
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    groups: tuple[tuple[str, int], ...]
+    keep: tuple[int, ...]
 
 
 def _chosen(rows: tuple[Row, ...], digits: str | None, run: Path) -> Row:
@@ -85,6 +105,7 @@ def export_network(run: Path, file: Path, digits: str | None) -> str:
         "std": assembled.workload.input.std,
         "crop_padding": assembled.workload.input.crop_padding,
         "flip": assembled.workload.input.flip,
+        "groups": recorded.groups,
         "keep": row.policy.keep,
         "policy": row.policy.digest,
         "macs": row.macs,
@@ -99,8 +120,15 @@ def export_network(run: Path, file: Path, digits: str | None) -> str:
     )
 
 
-def load_pruned(file: str | Path) -> nn.Module:
+def load_pruned(
+    file: str | Path, network: str | Callable[..., nn.Module] | None = None
+) -> nn.Module:
     """Loads a network that `evosearch export RUN FILE.safetensors` wrote, ready to run.
+
+    Args:
+        file: What was written.
+        network: Makes the dense architecture where the name in the file means nothing, on another
+            machine, say: a function or a class, or a name as in a recipe.
 
     Returns:
         The narrowed network in evaluation mode, on the CPU.
@@ -108,30 +136,66 @@ def load_pruned(file: str | Path) -> nn.Module:
     Raises:
         NetworkError: The file is no such network, or its architecture cannot be made here.
     """
+    if Path(file).suffix != ".safetensors":
+        raise NetworkError(
+            f"{file} is not a pruned network: wanted the .safetensors that `evosearch export` wrote"
+        )
     state, metadata = read_weights(Path(file))
     try:
-        facts = {key: json.loads(value) for key, value in metadata.items()}
-        spec = NetworkSpec(
-            name=facts["network"], num_classes=facts["num_classes"], arguments=facts["arguments"]
+        pruned = _Pruned.model_validate({key: json.loads(value) for key, value in metadata.items()})
+    except ValueError as exc:
+        told = explain(exc, _Pruned) if isinstance(exc, ValidationError) else str(exc)
+        raise NetworkError(f"{file} is not a pruned network of evosearch ({told})") from exc
+    dense = _dense(file, pruned, network)
+    plan = trace(dense)
+    groups = tuple((group.name, group.channels) for group in plan.table.groups)
+    if groups != pruned.groups:
+        raise NetworkError(
+            f"{file} was cut from another network than {dense.spec.name} makes: "
+            f"{_difference(pruned.groups, groups)}; name the right one with "
+            "load_pruned(file, network=...)"
         )
-        policy = Policy(tuple(facts["keep"]))
-        shape, mean, std = (tuple(facts[key]) for key in ("shape", "mean", "std"))
-    except (KeyError, ValueError) as exc:
-        raise NetworkError(f"{file} is not a pruned network of evosearch ({exc!r})") from exc
-    module, _ = build_module(spec)
-    network = Network(
-        spec=spec,
-        module=module.eval(),
-        input=InputSpec(shape=shape, mean=mean, std=std),
-    )
-    plan = trace(network)
-    plan.table.check(policy)
+    try:
+        policy = Policy(pruned.keep)
+        plan.table.check(policy)
+    except PolicyError as exc:
+        raise NetworkError(f"{file} cannot be cut as it says: {exc}") from exc
     keep = np.ones(int(plan.table.channels.sum()) + 1, dtype=np.bool_)
     for offset, channels, count in zip(
         plan.table.offsets, plan.table.channels, policy.keep, strict=True
     ):
         # Which channels is a matter of values, and those come from the file.
         keep[offset + count : offset + channels] = False
-    narrowed = Cutter(plan, module).cut(keep)
+    narrowed = Cutter(plan, dense.module).cut(keep)
     load_into(narrowed, state, str(file))
     return narrowed.eval()
+
+
+def _dense(
+    file: str | Path, pruned: _Pruned, network: str | Callable[..., nn.Module] | None
+) -> Network:
+    """The dense architecture of a file, its weights random."""
+    name = network if isinstance(network, str) else pruned.network
+    factory = None
+    if network is not None and not isinstance(network, str):
+        name, factory = getattr(network, "__qualname__", repr(network)), network
+    spec = NetworkSpec(name=name, num_classes=pruned.num_classes, arguments=pruned.arguments)
+    try:
+        module, _ = build_module(spec, factory)
+    except NetworkError as exc:
+        if network is not None or not is_own(name):
+            raise
+        raise NetworkError(
+            f"{file}: {exc}; say what makes it here with load_pruned(file, network=...)"
+        ) from exc
+    shown = InputSpec(shape=pruned.shape, mean=pruned.mean, std=pruned.std)
+    return Network(spec=spec, module=module.eval(), input=shown)
+
+
+def _difference(wanted: Sequence[tuple[str, int]], found: Sequence[tuple[str, int]]) -> str:
+    """The first group that differs, in words."""
+    for then, now in zip_longest(wanted, found):
+        if then != now:
+            first, second = (f"{g[0]} with {g[1]} channels" if g else "none" for g in (then, now))
+            return f"its groups have {first} where that has {second}"
+    return "its groups are others"

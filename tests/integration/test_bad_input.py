@@ -167,7 +167,9 @@ def test_changed_weights_are_not_mixed_in(
     options = ("--evaluations", "4", "--set", "network.weights=tiny.pt")
     cli.run("launch", recipe(), "--out", "run", "--set", "search.baseline=0", *options)
     torch.save({k: v + 1 for k, v in network.state_dict().items()}, tmp_path / "tiny.pt")
-    assert "the network's weights of run changed" in refused("resume", "run", "--evaluations", "9")
+    assert "the network's weights changed since run" in refused(
+        "resume", "run", "--evaluations", "9"
+    )
 
 
 def test_training_refuses_what_it_cannot_do(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ FACTS: dict[str, Any] = {
     "dense_params": 500,
     "dense_error": 0.1,
     "worst": {"error": 0.9, "loss": 2.3, "divergence": 2.0},
+    "outputs": [[5.0, -3.0], [0.5, 0.0]],
     "images": {"calibration": "aa", "validation": "bb"},
     "weights": "cc",
     "channel_order": "dd",
@@ -83,7 +84,9 @@ def test_a_fact_of_the_wrong_kind_is_named(tmp_path: Path, fact: str, value: obj
         ({"images": {"calibration": "aa", "validation": "ee"}}, "the images"),
         ({"groups": [["conv1", 16]]}, "the network's groups"),
         ({"dense_error": 0.11}, "the dense network's error"),
-        ({"worst": {**FACTS["worst"], "divergence": 1.9}}, "the dense network's outputs"),
+        ({"outputs": [[5.0, -3.0], [0.5, 0.001]]}, "what the dense network puts out"),
+        ({"outputs": [[5.0], [0.5]]}, "what the dense network puts out"),
+        ({"worst": {**FACTS["worst"], "divergence": 1.9}}, "how sure the dense network is"),
         ({"channel_order": "ee"}, "the order in which channels go"),
     ],
 )
@@ -91,7 +94,7 @@ def test_another_network_is_told_apart(tmp_path: Path, change: dict[str, Any], w
     with Ledger.create(tmp_path, FACTS) as ledger:
         recorded = read_facts(ledger)
     (key,) = change
-    with pytest.raises(ConfigMismatch, match=rf"{what} of .* changed .*\({key}: .* then, .* now"):
+    with pytest.raises(ConfigMismatch, match=rf"{what} changed since .*\({key}: .* then, .* now"):
         check_same(recorded, {**FACTS, **change}, tmp_path)
 
 
@@ -99,7 +102,8 @@ def test_rounding_of_another_machine_is_the_same_network(tmp_path: Path) -> None
     with Ledger.create(tmp_path, FACTS) as ledger:
         recorded = read_facts(ledger)
     worst = {**FACTS["worst"], "divergence": 2.0 + 1e-6}
-    check_same(recorded, {**FACTS, "dense_error": 0.101, "worst": worst}, tmp_path)
+    now = {**FACTS, "dense_error": 0.101, "worst": worst, "outputs": [[5.0, -3.0], [0.5, 1e-5]]}
+    check_same(recorded, now, tmp_path)
 
 
 def test_a_mismatch_names_the_libraries_that_changed(tmp_path: Path) -> None:

@@ -1,0 +1,252 @@
+"""What changed since a launch, who stopped it when, and networks taken elsewhere.
+
+In this process, since starting another takes longer than these searches.
+"""
+
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+import evosearch
+from evosearch import cli as commands
+from evosearch.errors import BudgetUnreachable, ConfigError, ConfigMismatch, NetworkError
+from evosearch.exporting import export_file
+from evosearch.ledger import Ledger
+from evosearch.measurement import Measurement
+from evosearch.networks import read_weights, save_weights
+from evosearch.recipe import load_recipe
+from evosearch.run import Finished, launch, resume
+from evosearch.scoring.objectives import Goals
+from evosearch.search import BASELINE, SEARCH
+from evosearch.status import read_status
+from tests.integration.tiny import Tiny
+
+TINY = Path(__file__).with_name("tiny.py")
+RECIPE = """
+[network]
+name = "net.py:Tiny"
+weights = "net.safetensors"
+[data]
+calibration = 64
+validation = 100
+[search]
+population = 4
+evaluations = 4
+baseline = 6
+[proxy]
+criterion = "l1"
+[run]
+workers = 0
+"""
+
+
+@dataclass
+class Watch:
+    """Presses Ctrl-C when so many measurements of a track have landed."""
+
+    track: str = ""
+    at: int = 0
+    times: int = 1
+    phases: list[str] = field(default_factory=list)
+
+    def phase(self, text: str) -> None:
+        self.phases.append(text)
+
+    def landed(self, track: str, measurement: Measurement, count: int, budget: int) -> None:
+        if (track, count) == (self.track, self.at):
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+
+
+Start = Callable[..., Finished]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Launches the tiny recipe of this folder, where network and weights can be changed."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TINY, "net.py")
+    save_weights(Path("net.safetensors"), Tiny(), {"mean": [0.5] * 3, "std": [0.25] * 3})
+    Path("tiny.toml").write_text(RECIPE)
+
+    def go(*settings: str, watch: Watch | None = None, run: str = "run") -> Finished:
+        return launch(load_recipe("tiny.toml", settings), Path(run), watch or Watch())
+
+    return go
+
+
+def change_weights() -> None:
+    network = Tiny()
+    with torch.no_grad():
+        network.classifier.weight += 0.1
+    save_weights(Path("net.safetensors"), network, {"mean": [0.5] * 3, "std": [0.25] * 3})
+
+
+def change_code() -> None:
+    net = Path("net.py")
+    net.write_text(net.read_text().replace("nn.ReLU()", "nn.LeakyReLU(0.5)"))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (change_weights, r"the network's weights changed since run"),
+        (change_code, r"what the dense network puts out changed since run .*libraries: .*torch"),
+    ],
+)
+def test_another_network_is_neither_exported_nor_searched(
+    start: Start, change: Callable[[], None], what: str
+) -> None:
+    policy = start().results.front[0].policy.digest
+    change()
+    with pytest.raises(ConfigMismatch, match=what):
+        export_file(Path("run"), Path("small.safetensors"), False, None, policy)
+    assert not Path("small.safetensors").exists()
+    with pytest.raises(ConfigMismatch, match=what):
+        resume(Path("run"), Watch(), evaluations=8)
+    assert read_status(Path("run"))["evaluations"] == 4
+
+
+def test_stopped_in_the_uniform_ladder_is_interrupted_and_resumes(start: Start) -> None:
+    whole = start(run="whole")
+    stopped = start(watch=Watch(BASELINE, 4), run="stopped")
+    assert stopped.interrupted
+    assert "uniform ladder" in stopped.outcome.reason
+    assert read_status(Path("stopped"))["state"] == "interrupted"
+    done = resume(Path("stopped"), Watch())
+    assert not done.interrupted
+    assert len(done.results.baseline) == 6
+    assert done.results.baseline_hypervolume() == whole.results.baseline_hypervolume()
+    assert read_status(Path("stopped"))["state"] == "finished"
+
+
+def test_stopped_in_the_search_is_interrupted(start: Start) -> None:
+    stopped = start(watch=Watch(SEARCH, 2))
+    assert stopped.interrupted
+    assert len(stopped.results.rows) == 2
+    assert not stopped.results.baseline
+
+
+@pytest.mark.parametrize(("track", "at"), [(SEARCH, 1), (BASELINE, 4)])
+def test_stopped_at_once_is_interrupted_not_killed(start: Start, track: str, at: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        start(watch=Watch(track, at, times=2))
+    assert read_status(Path("run"))["state"] == "interrupted"
+
+
+def test_a_search_that_can_afford_nothing_is_an_error(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Goals, "check_reachable", lambda *_: None)
+    settings = ("space.project_onto={macs=0.5}", "search.constraints=['macs <= 0.4']")
+    with pytest.raises(BudgetUnreachable, match=r"nothing was measured: .*nsga2 .*macs <= 0.4"):
+        start(*settings)
+
+
+def test_an_exported_network_loads_where_its_code_has_another_place(start: Start) -> None:
+    policy = start().results.front[0].policy.digest
+    export_file(Path("run"), Path("new/small.safetensors"), False, None, policy)
+    small = evosearch.load_pruned("new/small.safetensors")
+    Path("net.py").rename("moved.py")
+    with pytest.raises(NetworkError, match=r"net.py does not exist; .*load_pruned\(file, network="):
+        evosearch.load_pruned("new/small.safetensors")
+    for network in ("moved.py:Tiny", Tiny):
+        moved = evosearch.load_pruned("new/small.safetensors", network)
+        example = torch.ones(2, 3, 32, 32)
+        assert torch.equal(moved(example), small(example))
+
+
+class Wider(Tiny):
+    """Another network, in which the file's channel counts would fit, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features[0] = torch.nn.Conv2d(3, 12, 3, 2, 1, bias=False)
+        self.features[1] = torch.nn.BatchNorm2d(12)
+        self.features[3] = torch.nn.Conv2d(12, 16, 3, 2, 1, bias=False)
+
+
+def test_an_exported_network_is_not_put_into_another_one(start: Start) -> None:
+    policy = start().results.front[0].policy.digest
+    export_file(Path("run"), Path("small.safetensors"), False, None, policy)
+    with pytest.raises(NetworkError, match=r"features.0 with 8 channels .* features.0 with 12"):
+        evosearch.load_pruned("small.safetensors", Wider)
+    with pytest.raises(NetworkError, match=r"no network 'resnet21'"):
+        evosearch.load_pruned("small.safetensors", "resnet21")
+
+
+@pytest.mark.parametrize("keep", [[99, 16, 24], [8, 16], [0, 16, 24], ["x"]])
+def test_an_impossible_pruned_network_is_refused(start: Start, keep: list[object]) -> None:
+    policy = start().results.front[0].policy.digest
+    export_file(Path("run"), Path("small.safetensors"), False, None, policy)
+    state, metadata = read_weights(Path("small.safetensors"))
+    import json
+
+    facts = {**{k: json.loads(v) for k, v in metadata.items()}, "keep": keep}
+
+    class Holder(torch.nn.Module):
+        def state_dict(self, *_: object, **__: object) -> dict[str, torch.Tensor]:  # type: ignore[override]
+            return state
+
+    save_weights(Path("broken.safetensors"), Holder(), facts)
+    with pytest.raises(NetworkError, match=r"broken.safetensors (cannot be cut|is not a pruned)"):
+        evosearch.load_pruned("broken.safetensors")
+
+
+def test_a_table_is_no_network(tmp_path: Path) -> None:
+    (tmp_path / "f.csv").write_text("policy,error\n")
+    with pytest.raises(NetworkError, match=r"f.csv is not a pruned network: wanted the .safeten"):
+        evosearch.load_pruned(tmp_path / "f.csv")
+
+
+def test_a_wrong_file_is_a_wrong_input(start: Start) -> None:
+    start()
+    Path("notes").write_text("mine")
+    with pytest.raises(ConfigError, match=r"cannot write notes/x.csv: notes is not a folder"):
+        export_file(Path("run"), Path("notes/x.csv"), False, None, None)
+
+
+def test_the_unexpected_is_a_sentence_and_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fails(_: Path) -> None:
+        raise ZeroDivisionError("of all things\nand more")
+
+    monkeypatch.setattr("evosearch.status.read_status", fails)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["evosearch", "status", "run"])
+    with pytest.raises(SystemExit) as ended:
+        commands.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "unexpected ZeroDivisionError: of all things; this should not happen" in said
+    (details,) = tmp_path.glob("evosearch-*.log")
+    assert str(details) in said
+    assert "Traceback" in details.read_text()
+
+
+def test_a_launch_says_what_it_measures_on(start: Start) -> None:
+    watch = Watch()
+    start(watch=watch)
+    assert "64 calibration and 100 validation images of cifar10-sample" in watch.phases
+    assert any("warning: the dense network is right on" in phase for phase in watch.phases)
+
+
+def test_a_damaged_ledger_is_a_sentence_everywhere(start: Start) -> None:
+    start()
+    with Ledger.open(Path("run"), write=True) as ledger:
+        ledger.set_meta("worst", "gone")
+    for use in (
+        lambda: read_status(Path("run")),
+        lambda: resume(Path("run"), Watch()),
+        lambda: export_file(Path("run"), Path("f.csv"), False, None, None),
+        lambda: export_file(Path("run"), Path("f.safetensors"), False, None, "aa"),
+    ):
+        with pytest.raises(evosearch.errors.LedgerCorrupt, match=r"worst: .*restore it"):
+            use()
