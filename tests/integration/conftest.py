@@ -44,10 +44,11 @@ class Cli:
         self.folder = folder
         self._started: list[subprocess.Popen[str]] = []
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Starts a command in a process group of its own."""
+    def start(self, *arguments: str, script: bool = False) -> subprocess.Popen[str]:
+        """Starts a command in a process group of its own, as a module or by its script."""
+        name = [str(Path(sys.executable).with_name("evosearch"))]
         process = subprocess.Popen(
-            [sys.executable, "-m", "evosearch", *arguments],
+            [*(name if script else [sys.executable, "-m", "evosearch"]), *arguments],
             cwd=self.folder,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -58,9 +59,11 @@ class Cli:
         self._started.append(process)
         return process
 
-    def run(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, code: int = 0, script: bool = False
+    ) -> subprocess.CompletedProcess[str]:
         """Runs a command to its end and checks its exit code."""
-        process = self.start(*arguments)
+        process = self.start(*arguments, script=script)
         out, err = process.communicate(timeout=300)
         assert process.returncode == code, f"{arguments}: {process.returncode}\n{out}\n{err}"
         assert "Traceback" not in err

@@ -51,8 +51,15 @@ SETTINGS = [
     ("space.sparsty=[0.0, 0.5]", r"space.sparsty: unknown key; did you mean 'sparsity'"),
     ("space.sparsity=[0.9, 0.1]", r"the lower bound 0.9 exceeds the upper bound 0.1"),
     ("space.project_onto={macs=0.001}", r"project_onto.macs = 0.001 is out of reach: .* 0\.\d+ to"),
-    ("proxy.name=oracle", r"no proxy 'oracle'; there are raw, recalibrated, compensated"),
-    ("proxy.criterion=beauty", r"no criterion 'beauty'; there are l1"),
+    ("space.sparsity=[0.5]", r"space.sparsity: must be two shares, .*, got \[0.5\]"),
+    ("space.sparsity=0.5", r"space.sparsity: must be two shares, smallest and largest, got 0.5$"),
+    ("space.round_to=1000", r"space: round_to = 1000 leaves every group a single width"),
+    ("run.ray_address=10.0.0.1:6379", r"run.ray_address = '10.0.0.1:6379' is of no use with"),
+    (
+        "proxy.name=oracle",
+        r"proxy.name: no proxy 'oracle'; there are raw, recalibrated, compensated",
+    ),
+    ("proxy.criterion=beauty", r"proxy.criterion: no criterion 'beauty'; there are l1"),
     ("network.name=resnet21", r"no network 'resnet21'; there are resnet20"),
     ("network.weights=nowhere.pt", r"weights file .*nowhere.pt does not exist"),
     ("network.num_classes=5", r"network has 5 classes, but a validation image has the label 9"),
@@ -179,6 +186,14 @@ def test_training_refuses_what_it_cannot_do(refused: Callable[..., str], tmp_pat
     (tmp_path / "there.safetensors").touch()
     assert "there.safetensors exists" in refused(
         "train", "resnet20", "cifar10-sample", "--out", "there.safetensors"
+    )
+    assert "no network 'nope'" in refused("train", "nope", "cifar10", "--out", "w.safetensors")
+    for option, value in (("--lr", "0"), ("--lr", "nan"), ("--weight-decay", "inf")):
+        options = ("--out", "w.safetensors", option, value)
+        assert f"{option} must be" in refused("train", "nope", "cifar10", *options)
+    (tmp_path / "notes").touch()
+    assert "notes is not a folder" in refused(
+        "train", "resnet20", "cifar10-sample", "--out", "notes/w.safetensors"
     )
     assert "has a label 9" in refused(
         "train", "resnet20", "cifar10-sample", "--out", "w.safetensors", "--num-classes", "4"

@@ -1,5 +1,6 @@
 """Where scoring runs is a detail; what goes wrong there is a measurement."""
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement, Status
-from tests.integration.conftest import Cli
+from tests.integration.conftest import TINY, Cli
 
 pytestmark = pytest.mark.ray
 
@@ -83,3 +84,12 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(
     said = cli.run("launch", recipe(), "--ray-address", "127.0.0.1:9", "--workers", "1", code=1)
     assert "no Ray cluster answers at 127.0.0.1:9" in said.stderr
     assert time.monotonic() - start < 60
+
+
+def test_a_module_in_the_working_directory_is_found_also_by_workers(
+    cli: Cli, recipe: Callable[..., str]
+) -> None:
+    shutil.copy(TINY, cli.folder / "my_own_net.py")
+    options = ("--evaluations", "6", "--set", "network.name=my_own_net:Tiny", "--workers", "1")
+    cli.run("launch", recipe(), "--out", "run", *options, script=True)
+    assert all(m.ok for m in measured(cli.folder / "run").values())
