@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib import resources
 from pathlib import Path
 from typing import Protocol
@@ -186,6 +187,10 @@ def _npz(path: Path, options: SourceOptions) -> DataSource:
     return _Partitioned(lambda: _read_npz(path), read_test, False, options)
 
 
+# What torchvision lets through when files are damaged, or a download breaks off.
+_UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, zlib.error, HTTPException)
+
+
 def _torchvision(class_name: str, options: SourceOptions) -> DataSource:
     def reader(train: bool) -> Callable[[], ImagePool]:
         def read() -> ImagePool:
@@ -195,7 +200,7 @@ def _torchvision(class_name: str, options: SourceOptions) -> DataSource:
                 data = getattr(datasets, class_name)(
                     options.root, train=train, download=options.download
                 )
-            except (RuntimeError, OSError, EOFError, ValueError) as exc:
+            except _UNREADABLE as exc:
                 hint = (
                     "remove what is there and try again"
                     if options.download

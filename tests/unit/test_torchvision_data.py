@@ -2,6 +2,8 @@
 
 import pickle
 import struct
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +83,65 @@ def test_cifar_is_read_as_height_width_channels(
     first = source.training().take(np.array([0]))
     assert np.array_equal(first.pixels[0], pixels[0].transpose(1, 2, 0))
     assert source.held_out().labels.tolist() == labels[-5:]
+
+
+class _Interrupted(BaseHTTPRequestHandler):
+    """Announces more than it sends, as a connection does that breaks."""
+
+    chunked = False
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        if self.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        else:
+            self.send_header("Content-Length", "100000")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(b"3e8\r\n" if self.chunked else b"\x1f\x8b")
+        self.wfile.write(bytes(500))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class _InterruptedChunks(_Interrupted):
+    protocol_version = "HTTP/1.1"
+    chunked = True
+
+    def do_GET(self) -> None:
+        super().do_GET()
+        self.close_connection = True
+
+
+@pytest.mark.parametrize("handler", [_Interrupted, _InterruptedChunks])
+def test_an_interrupted_download_names_the_folder_and_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handler: type[_Interrupted]
+) -> None:
+    # Half an archive is here already: torchvision compares it with the official checksum, fetches
+    # it again, and the connection breaks.
+    (tmp_path / datasets.CIFAR10.filename).write_bytes(b"\x1f\x8b" + bytes(100))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
+        monkeypatch.setattr(datasets.CIFAR10, "url", url)
+        source = open_source("cifar10", SourceOptions(root=tmp_path, download=True))
+        with pytest.raises(DataError, match=r"CIFAR10 in .*; remove what is there and try again"):
+            source.training()
+        server.shutdown()
+
+
+def test_a_truncated_archive_that_is_not_to_be_fetched_names_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / datasets.CIFAR10.filename).write_bytes(b"\x1f\x8b" + bytes(500))
+    with pytest.raises(DataError, match=r"CIFAR10 in .*; set download = true to fetch it"):
+        open_source("cifar10", SourceOptions(root=tmp_path)).training()
+
+
+def test_a_connection_that_breaks_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.CIFAR10, "url", (tmp_path / "nowhere.tar.gz").as_uri())
+    with pytest.raises(DataError, match=r"CIFAR10 in .*; remove what is there and try again"):
+        open_source("cifar10", SourceOptions(root=tmp_path, download=True)).training()
