@@ -234,7 +234,7 @@ def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Obse
     facts = read_facts(ledger)
     stop = StopSignal(observer)
     lazy = _LazyPool(assembled, observer, stop)
-    with stop.installed(), lazy as pool, _recorded_stop(ledger):
+    with stop.installed(), lazy as pool, _recorded_stop(ledger, observer):
         scoring = Scoring(
             table=assembled.workload.plan.table,
             goals=assembled.goals,
@@ -270,12 +270,13 @@ def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Obse
 
 
 @contextmanager
-def _recorded_stop(ledger: Ledger) -> Iterator[None]:
+def _recorded_stop(ledger: Ledger, observer: Observer) -> Iterator[None]:
     """Being stopped at once is an end of its own, not a kill."""
     try:
         yield
     except KeyboardInterrupt:
         ledger.set_meta("state", "interrupted")
+        observer.phase("stopped; what was measured is recorded")
         raise
 
 

@@ -134,8 +134,10 @@ def test_stopped_in_the_search_is_interrupted(start: Start) -> None:
 
 @pytest.mark.parametrize(("track", "at"), [(SEARCH, 1), (BASELINE, 4)])
 def test_stopped_at_once_is_interrupted_not_killed(start: Start, track: str, at: int) -> None:
+    watch = Watch(track, at, times=2)
     with pytest.raises(KeyboardInterrupt):
-        start(watch=Watch(track, at, times=2))
+        start(watch=watch)
+    assert watch.phases[-1] == "stopped; what was measured is recorded"
     assert read_status(Path("run"))["state"] == "interrupted"
 
 
