@@ -7,6 +7,7 @@ from typing import Self
 import numpy as np
 
 from evosearch.errors import BudgetUnreachable, ConfigError
+from evosearch.facts import read_facts
 from evosearch.ledger import Ledger
 from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
@@ -136,8 +137,8 @@ def elite(ledger: Ledger, table: GroupTable, band: Band, n: int) -> tuple[Policy
     Raises:
         ConfigError: The run is of another network, or has kept nothing yet.
     """
-    groups = [(name, channels) for name, channels in ledger.meta("groups")]
-    if groups != [(group.name, group.channels) for group in table.groups]:
+    groups = tuple((group.name, group.channels) for group in table.groups)
+    if groups != read_facts(ledger).groups:
         raise ConfigError(f"{ledger.path}: that run pruned another network")
     kept = list(dict.fromkeys(_members(ledger)))
     if not kept:

@@ -11,6 +11,7 @@ from typing import Any
 
 from evosearch.assembly import Assembled, assemble, pool_settings
 from evosearch.errors import ConfigError, ConfigMismatch
+from evosearch.facts import read_facts
 from evosearch.fidelity.comparison import Comparison, compare
 from evosearch.fidelity.drawing import Band, draw, elite
 from evosearch.fidelity.journal import Journal
@@ -20,7 +21,7 @@ from evosearch.fidelity.writing import write_files
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement
 from evosearch.policy import Policy
-from evosearch.recipe import Recipe, change_recipe, check_recipe, load_recipe, parse_setting
+from evosearch.recipe import Recipe, change_recipe, load_recipe, parse_setting
 from evosearch.run import Observer, StopSignal
 from evosearch.scoring.proxies import proxy_named
 
@@ -93,7 +94,7 @@ def subject(
     if not run.is_dir():
         return load_recipe(name, settings or (), overrides), None
     with Ledger.open(run) as ledger:
-        recipe = check_recipe(ledger.meta("recipe"), f"the recipe in {ledger.path}")
+        recipe = read_facts(ledger).recipe
     changes = {".".join(keys): value for keys, value in map(parse_setting, settings or ())}
     changes |= {key: value for key, value in overrides.items() if value is not None}
     return change_recipe(recipe, changes, f"the recipe of {run}"), run
@@ -255,6 +256,7 @@ def _score(
         observer.landed(name, measurement, count, len(policies))
 
     pool = make_pool(workload, pool_settings(recipe))
+    stop.install()  # a cluster that is started here brings a SIGTERM handler of its own
     try:
         pool.score(missing, record, stop)
     finally:

@@ -85,6 +85,14 @@ def run_with(folder: Path, populations: list[list[Policy]]) -> Ledger:
         "dense_params": TABLE.dense_costs[1],
         "dense_error": 0.1,
         "worst": {"error": 0.9, "loss": 2.3, "divergence": 2.0},
+        "outputs": [],
+        "images": {},
+        "weights": "",
+        "channel_order": "",
+        "versions": {},
+        "seeds": [],
+        "evaluations": 1000,
+        "state": "finished",
     }
     ledger = Ledger.create(folder, facts)
     known: set[Policy] = set()
