@@ -268,6 +268,8 @@ def assemble(recipe: Recipe) -> Assembled:
                 reconstruction_images=proxy.reconstruction_images,
                 reconstruction_layers=proxy.reconstruction_layers,
                 reconstruction_ridge=proxy.reconstruction_ridge,
+                distillation_steps=proxy.distillation_steps,
+                distillation_lr=proxy.distillation_lr,
                 precision=proxy.precision,
                 batch_size=proxy.batch_size,
             ),

@@ -12,6 +12,7 @@ __all__ = ["METRICS", "Measurement", "Status"]
 METRICS: dict[str, str] = {
     "error": "share of validation images whose top-1 class is wrong",
     "loss": "mean cross-entropy on the validation images, in nats",
+    "margin": "mean of 1 minus the lead of the right class over the best wrong one, in probability",
     "divergence": "mean KL divergence from the dense network's outputs, in nats; needs no labels",
 }
 

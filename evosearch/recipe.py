@@ -118,7 +118,7 @@ class ProxyRecipe(_Table):
     """`[proxy]`: how a policy is scored."""
 
     name: str = "compensated"
-    """raw, recalibrated, compensated or reconstructed."""
+    """See `evosearch list proxies`."""
     criterion: str = "residual-energy"
     """Which channels go first: l1, l2, bn-scale, fpgm or residual-energy."""
     recalibrate: bool = True
@@ -133,6 +133,10 @@ class ProxyRecipe(_Table):
     """Fit every layer, or those that lost inputs; the others get a scale and a shift."""
     reconstruction_ridge: Annotated[float, Field(ge=0)] = 0.1
     """How strongly fitted weights are held where they were, as a share of the Gram matrix."""
+    distillation_steps: Count = 20
+    """Steps of `distilled`, each on one batch of calibration images."""
+    distillation_lr: Positive = 0.01
+    """Learning rate of the first of them; it falls to zero."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of forward passes; auto is bfloat16 where the hardware has it, and settled at launch."""
     batch_size: Count = 128

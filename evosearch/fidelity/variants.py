@@ -41,10 +41,6 @@ VARIANTS: dict[str, Variant] = {
         "cut by L1 norm, recalibrate on 128 images", "recalibrated", "l1", recalibration_images=128
     ),
     "compensated-l1": _proxy("cut by L1 norm, compensate, recalibrate", "compensated", "l1"),
-    "compensated-250": Variant(
-        title="cut, compensate, recalibrate, all on 250 images",
-        changes={"proxy.name": "compensated", "data.calibration": 250, "data.validation": 250},
-    ),
     "compensated-128": _proxy(
         "cut, compensate, recalibrate on 128 images", "compensated", recalibration_images=128
     ),
@@ -53,6 +49,30 @@ VARIANTS: dict[str, Variant] = {
     ),
     "compensated-only": _proxy(
         "cut, compensate, leave batch norm alone", "compensated", recalibrate=False
+    ),
+    "compensated-fast": Variant(
+        title="cut, compensate, recalibrate on 128 images, measure on 256",
+        changes={
+            "proxy.name": "compensated",
+            "proxy.recalibration_images": 128,
+            "data.validation": 256,
+        },
+    ),
+    "reconstructed-cut": _proxy(
+        "cut, compensate, fit the layers that lost inputs",
+        "reconstructed",
+        reconstruction_layers="cut",
+    ),
+    "reconstructed-fast": Variant(
+        title="cut, compensate, fit layers on 128 images, measure on 256",
+        changes={
+            "proxy.name": "reconstructed",
+            "proxy.reconstruction_images": 128,
+            "data.validation": 256,
+        },
+    ),
+    "distilled-60": _proxy(
+        "compensated, then 60 steps towards the dense outputs", "distilled", distillation_steps=60
     ),
 }
 

@@ -156,5 +156,6 @@ def worst_metrics(dense_logits: NDArray[np.float32]) -> dict[str, float]:
     return {
         "error": 1 - 1 / classes,
         "loss": float(np.log(classes)),
+        "margin": 1.0,
         "divergence": float(np.log(classes)) - entropy,
     }

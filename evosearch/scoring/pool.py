@@ -240,6 +240,7 @@ def _start_cluster(ray: Any, workload: Workload, settings: PoolSettings) -> None
     arrays = workload.calibration.pixels.nbytes + workload.validation.pixels.nbytes
     held = (*workload.grams.values(), *workload.state.values())
     arrays += sum(array.nbytes for array in held)
+    arrays += workload.teacher.nbytes
     arrays += sum(target.values.nbytes for target in workload.targets.values())
     ray.init(
         # Asked for by name: a bare init would attach to whatever RAY_ADDRESS says.

@@ -4,6 +4,8 @@ A proxy is a function over the steps of a bench: cut, compensate, recalibrate. W
 the bench is then measured. To add one, write the function and put it in PROXIES.
 
 References:
+    [Hinton2015] G. Hinton et al., "Distilling the Knowledge in a Neural Network",
+        arXiv:1503.02531.
     [Li2020] B. Li et al., "EagleEye: Fast Sub-net Evaluation for Efficient Neural Network
         Pruning", ECCV 2020 (batch norm recalibrated before measuring).
     [He2017] Y. He, X. Zhang, J. Sun, "Channel Pruning for Accelerating Very Deep Neural Networks",
@@ -38,6 +40,8 @@ class ProxySettings:
         reconstruction_images: The first so many calibration images fit the layers.
         reconstruction_layers: `all`, or `cut` for those alone that lost inputs.
         reconstruction_ridge: How strongly fitted weights are held where they were.
+        distillation_steps: Of `distilled`, each on one batch.
+        distillation_lr: Learning rate of the first of them; it falls to zero.
         precision: `float32`, or `bfloat16` for the forward passes.
         batch_size: Images per forward pass; recalibration uses at least this many at once.
     """
@@ -50,6 +54,8 @@ class ProxySettings:
     reconstruction_images: int = 256
     reconstruction_layers: str = "all"
     reconstruction_ridge: float = 0.1
+    distillation_steps: int = 20
+    distillation_lr: float = 0.01
     precision: str = "float32"
     batch_size: int = 128
 
@@ -71,6 +77,12 @@ class Bench(Protocol):
     def reconstruct(self, keep: Keep) -> None:
         """Fits layer after layer to what the dense network returned."""
 
+    def refit(self) -> None:
+        """Fits the classifier to the dense network's outputs."""
+
+    def distil(self) -> None:
+        """Takes a few steps of training towards the dense network's outputs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Proxy:
@@ -81,12 +93,14 @@ class Proxy:
         prepare: Leaves the network to be measured on the bench.
         needs_grams: Whether Gram matrices must have been collected.
         needs_targets: Whether the dense layers' outputs must have been noted.
+        needs_teacher: Whether the dense network's outputs for calibration images must have been.
     """
 
     title: str
     prepare: Callable[[Bench, Keep], None]
     needs_grams: bool = False
     needs_targets: bool = False
+    needs_teacher: bool = False
 
 
 def raw(bench: Bench, keep: Keep) -> None:
@@ -119,6 +133,18 @@ def reconstructed(bench: Bench, keep: Keep) -> None:
     bench.reconstruct(keep)
 
 
+def refitted(bench: Bench, keep: Keep) -> None:
+    """Cut, fold, recalibrate, then fit the classifier by ridge regression on its features."""
+    compensated(bench, keep)
+    bench.refit()
+
+
+def distilled(bench: Bench, keep: Keep) -> None:
+    """Cut, fold, recalibrate, then a few steps of distillation [Hinton2015]."""
+    compensated(bench, keep)
+    bench.distil()
+
+
 PROXIES: dict[str, Proxy] = {
     "raw": Proxy(title="cut (a control)", prepare=raw),
     "recalibrated": Proxy(title="cut, recalibrate batch norm", prepare=recalibrated),
@@ -132,6 +158,18 @@ PROXIES: dict[str, Proxy] = {
         prepare=reconstructed,
         needs_grams=True,
         needs_targets=True,
+    ),
+    "refitted": Proxy(
+        title="compensated, then the classifier is fitted to the dense outputs",
+        prepare=refitted,
+        needs_grams=True,
+        needs_teacher=True,
+    ),
+    "distilled": Proxy(
+        title="compensated, then a few steps of training towards the dense outputs",
+        prepare=distilled,
+        needs_grams=True,
+        needs_teacher=True,
     ),
 }
 

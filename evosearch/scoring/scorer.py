@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evosearch.data import Images
-from evosearch.errors import CandidateOutOfMemory
+from evosearch.errors import CandidateOutOfMemory, NetworkError
 from evosearch.measurement import Measurement, Status
 from evosearch.policy import Policy
 from evosearch.pruning.compensation import Compensator
@@ -20,6 +20,7 @@ from evosearch.pruning.folding import FastCopy, Layout
 from evosearch.pruning.proposals import Norm
 from evosearch.pruning.reconstruction import Reconstructor
 from evosearch.scoring.proxies import proxy_named
+from evosearch.scoring.repair import distil, refit_head
 from evosearch.scoring.workload import DTYPES, Workload, batches, logits, single_thread
 
 __all__ = ["Scorer"]
@@ -132,13 +133,47 @@ class Scorer:
         images = self._network.normalise(pixels).to(self._device)
         self._reconstructor.reconstruct(self._cutter.network, keep, images)
 
+    def refit(self) -> None:
+        """Fits the classifier to the dense network's outputs."""
+        name = self._workload.layout.head
+        head = dict(self._cutter.network.named_modules()).get(name or "")
+        if name is None or not isinstance(head, nn.Linear):
+            raise NetworkError("the network does not end with a linear layer: nothing to refit")
+        fast = self._measured
+        fast.update(self._cutter.network)
+        weight, bias = refit_head(
+            fast.module,
+            dict(fast.module.named_modules())[name],
+            self._inputs("calibration", self._workload.calibration, at_least=True),
+            torch.from_numpy(np.array(self._workload.teacher)),
+            self.settings.reconstruction_ridge,
+        )
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            if head.bias is not None:
+                head.bias.copy_(bias)
+
+    def distil(self) -> None:
+        """Takes a few steps of training towards the dense network's outputs."""
+        parts = batches(self._network, self._workload.calibration, self._batch_size, at_least=True)
+        images = [batch.to(self._device) for batch in parts]
+        teacher = torch.from_numpy(np.array(self._workload.teacher))
+        distil(
+            self._cutter.network,
+            images,
+            torch.split(teacher, [len(batch) for batch in images]),
+            self.settings.distillation_steps,
+            self.settings.distillation_lr,
+            self._measured.dtype,
+        )
+
     def _inputs(self, part: str, images: Images, *, at_least: bool = False) -> Iterable[Tensor]:
         """Normalised batches, kept for the next policy unless they are too large for that."""
         parts = batches(self._network, images, self._batch_size, at_least=at_least)
         # As float32.
         if images.pixels.nbytes * 4 > _MAX_KEPT_BYTES:
             return parts
-        key = (part, self._batch_size)
+        key = (f"{part} {len(images)}", self._batch_size)
         if key not in self._kept_inputs:
             dtype, device = self._measured.dtype, self._device
             self._kept_inputs[key] = [batch.to(device, dtype) for batch in parts]
@@ -151,10 +186,14 @@ class Scorer:
         inputs = self._inputs("validation", self._workload.validation)
         outputs = logits(fast.module, inputs, fast.dtype).double()
         log_p = F.log_softmax(outputs, dim=1)
+        p = log_p.exp()
+        right = p.gather(1, self._labels[:, None]).squeeze(1)
+        wrong = p.scatter(1, self._labels[:, None], -1.0).amax(1)
         log_dense = F.log_softmax(self._dense_logits.double(), dim=1)
         return {
             "error": float((outputs.argmax(1) != self._labels).double().mean()),
             "loss": float(F.nll_loss(log_p, self._labels)),
+            "margin": float((1 - right + wrong).mean()),
             "divergence": float((log_dense.exp() * (log_dense - log_p)).sum(1).mean()),
         }
 

@@ -59,6 +59,7 @@ class Workload:
         places: `(n_channels,)` place of each flat channel in its group's order, 0 = kept longest.
         grams: Second moments by consumer; empty if the proxy does without.
         targets: What the dense layers return for the first calibration images; likewise.
+        teacher: `(n_calibration, n_classes)` float32 outputs of the dense network; empty likewise.
         dense_logits: `(n_validation, n_classes)` float32 outputs of the dense network.
         rounding: Mean divergence that the precision alone brings to the dense network, in nats.
     """
@@ -74,6 +75,7 @@ class Workload:
     places: NDArray[np.int64]
     grams: Mapping[str, NDArray[np.float64]]
     targets: Mapping[str, Target]
+    teacher: NDArray[np.float32]
     dense_logits: NDArray[np.float32]
     rounding: float = 0.0
 
@@ -220,6 +222,10 @@ def prepare_workload(
             fast = FastCopy(network.module, layout, torch.float32)
             fast.update(network.module)
             targets = targets_of(fast, network.normalise(first), TARGET_POSITIONS)
+        teacher = np.empty((0, dense.shape[1]), dtype=np.float32)
+        if proxy.needs_teacher:
+            shown = list(batches(network, calibration, size, at_least=True))
+            teacher = _dense_logits(network, layout, "float32", shown).numpy()
         places = channel_order(network.module, plan, settings.criterion, grams or None)
     return Workload(
         spec=replace(network.spec, weights=None),
@@ -233,6 +239,7 @@ def prepare_workload(
         places=places,
         grams=grams if proxy.needs_grams else {},
         targets=targets,
+        teacher=teacher,
         dense_logits=dense,
         rounding=rounding,
     )

@@ -28,7 +28,7 @@ FACTS: dict[str, Any] = {
     "dense_macs": 1000,
     "dense_params": 500,
     "dense_error": 0.1,
-    "worst": {"error": 0.9, "loss": 2.3, "divergence": 2.0},
+    "worst": {"error": 0.9, "loss": 2.3, "margin": 1.0, "divergence": 2.0},
     "outputs": [[5.0, -3.0], [0.5, 0.0]],
     "images": {"calibration": "aa", "validation": "bb"},
     "weights": "cc",
@@ -120,7 +120,7 @@ def entry(ledger: Ledger, track: str, policies: list[tuple[int, int]], macs: lis
 
 
 def measure(ledger: Ledger, keep: tuple[int, int], error: float, at: float) -> None:
-    metrics = {"error": error, "loss": error, "divergence": error}
+    metrics = {"error": error, "loss": error, "margin": error, "divergence": error}
     measurement = Measurement(policy=Policy(keep), status=Status.OK, metrics=metrics, seconds=3.0)
     ledger.record(measurement, at)
 

@@ -10,7 +10,7 @@ from evosearch.errors import PolicyError
 from evosearch.measurement import METRICS, Measurement, Status
 from evosearch.policy import Policy
 
-METRIC_VALUES = {"error": 0.25, "loss": 1.5, "divergence": 0.125}
+METRIC_VALUES = {"error": 0.25, "loss": 1.5, "margin": 0.5, "divergence": 0.125}
 POLICY = Policy((8, 16))
 
 keeps = st.lists(st.integers(1, 10_000), max_size=60).map(tuple)

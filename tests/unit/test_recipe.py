@@ -316,6 +316,8 @@ RELEVANT = {
     "proxy.recalibration_images": 3,
     "proxy.reconstruction_images": 3,
     "proxy.reconstruction_ridge": 0.5,
+    "proxy.distillation_steps": 3,
+    "proxy.distillation_lr": 0.5,
     "proxy.reconstruction_layers": "cut",
 }
 

@@ -21,7 +21,7 @@ from evosearch.search import BASELINE, SEARCH, Outcome, Scoring, Search
 from evosearch.testing import chain_table
 from search_spaces.layer_sparsity import LayerSparsity
 
-WORST = {"error": 0.9, "loss": 2.3, "divergence": 2.0}
+WORST = {"error": 0.9, "loss": 2.3, "margin": 1.0, "divergence": 2.0}
 TABLE = chain_table((16, 24, 32))
 BUDGET = 40
 
@@ -32,7 +32,7 @@ def formula(policy: Policy, table: GroupTable = TABLE) -> Measurement:
         return Measurement(policy=policy, status=Status.FAILED, reason="divisible by seven")
     removed = 1 - np.array(policy.keep) / table.channels
     error = float((removed**2 / np.arange(1, len(removed) + 1)).mean())
-    metrics = {"error": error, "loss": error, "divergence": error}
+    metrics = {"error": error, "loss": error, "margin": error, "divergence": error}
     return Measurement(policy=policy, status=Status.OK, metrics=metrics, seconds=0.25)
 
 

@@ -1,0 +1,362 @@
+"""How many candidates a second, beside what one would write by hand?
+
+The rival is Optuna's NSGA-II driving Torch-Pruning: copy the network, prune every group by L1 norm,
+recalibrate batch norm on 500 images, measure top-1 on 1,000 images, count MACs; eager float32, two
+processes. Ours are searches' own workers on Ray: once with the same images (`ours, same images`),
+once as the evidence on fidelity suggests (`ours, fast`). All score the same policies of the
+published ResNet-56, in blocks that take turns, so that a noisy machine is noisy for everybody.
+
+Then, in this process alone: where a candidate's time goes, and how near the forward passes come to
+the machine's matrix multiplication.
+
+    python benchmarks/throughput.py [--data FOLDER] [--blocks 3] [--policies 8]
+"""
+
+import copy
+import math
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import images, parser, published, show, write
+from torch import nn
+
+from evosearch.data import Images, augment, balanced_subset
+from evosearch.ledger import Ledger
+from evosearch.measurement import Measurement
+from evosearch.policy import Policy
+from evosearch.pruning.groups import trace
+from evosearch.pruning.table import GroupTable
+from evosearch.scoring.pool import PoolSettings, RayPool
+from evosearch.scoring.proxies import ProxySettings
+from evosearch.scoring.scorer import Scorer
+from evosearch.scoring.workload import Workload, prepare_workload, settled_precision
+
+PROCESSES = 2
+GOAL_RATIO, GOAL_PEAK, GOAL_OUTSIDE = 10.0, 0.6, 0.05
+CALIBRATION, VALIDATION = 500, 1000
+OURS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "ours, same images": (
+        CALIBRATION,
+        VALIDATION,
+        {"name": "compensated", "criterion": "residual-energy"},
+    ),
+    "ours, same images, reconstructed": (
+        CALIBRATION,
+        VALIDATION,
+        {"name": "reconstructed", "criterion": "residual-energy"},
+    ),
+    "ours, fast": (
+        CALIBRATION,
+        256,
+        {"name": "compensated", "criterion": "residual-energy", "recalibration_images": 128},
+    ),
+}
+
+
+def random_policies(table: GroupTable, count: int) -> list[Policy]:
+    """Channels kept at random, 20 to 75% removed per group."""
+    rng = np.random.default_rng(0)
+    return [
+        Policy(tuple(int(c - math.floor(c * rng.uniform(0.2, 0.75))) for c in table.channels))
+        for _ in range(count)
+    ]
+
+
+# --- the rival
+
+_rival: dict[str, Any] = {}
+
+
+def start_rival(folder: Path, calibration: Images, validation: Images) -> None:
+    """Loads what a hand-written worker would hold."""
+    torch.set_num_threads(1)
+    network = published(folder, "resnet56")
+    _rival.update(
+        model=network.module.eval(),
+        example=network.example(),
+        calibration=network.normalise(calibration.pixels),
+        validation=network.normalise(validation.pixels),
+        labels=torch.from_numpy(validation.labels),
+    )
+
+
+@torch.no_grad()
+def hand_written(ratios: list[float]) -> tuple[float, float, float]:
+    """Error, share of MACs and seconds of one candidate, as a user's objective would get them."""
+    import torch_pruning as tp
+
+    start = time.perf_counter()
+    model = copy.deepcopy(_rival["model"])
+    blocks = [m for m in model.modules() if hasattr(m, "conv2")]
+    pruner = tp.pruner.MagnitudePruner(
+        model,
+        _rival["example"],
+        importance=tp.importance.MagnitudeImportance(p=1),
+        pruning_ratio=0.0,
+        pruning_ratio_dict={b.conv1: r for b, r in zip(blocks, ratios, strict=True)},
+        ignored_layers=[m for m in model.modules() if isinstance(m, nn.Linear)]
+        + [b.conv2 for b in blocks]
+        + [model.conv1],
+    )
+    pruner.step()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.reset_running_stats()
+            norm.momentum = None
+    model.train()
+    for batch in _rival["calibration"].split(128):
+        model(batch)
+    model.eval()
+    correct = sum(
+        int((model(batch).argmax(1) == labels).sum())
+        for batch, labels in zip(
+            _rival["validation"].split(128), _rival["labels"].split(128), strict=True
+        )
+    )
+    macs, _ = tp.utils.count_ops_and_params(model, _rival["example"])
+    error = 1 - correct / len(_rival["labels"])
+    return error, float(macs), time.perf_counter() - start
+
+
+def rival_block(
+    executor: ProcessPoolExecutor, study: Any, table: GroupTable, block: list[Policy]
+) -> float:
+    """Candidates per second of Optuna asking, two processes scoring, Optuna being told."""
+    import optuna
+
+    start = time.perf_counter()
+    for policy in block:
+        shares = {
+            f"r{i}": 1 - keep / int(c)
+            for i, (keep, c) in enumerate(zip(policy.keep, table.channels, strict=True))
+        }
+        study.enqueue_trial(shares)
+    flying = []
+    for _ in block:
+        trial = study.ask()
+        ratios = [trial.suggest_float(f"r{i}", 0.0, 0.9) for i in range(len(table.groups))]
+        flying.append((trial, executor.submit(hand_written, ratios)))
+    for trial, future in flying:
+        error, macs, _ = future.result()
+        study.tell(trial, [error, macs], state=optuna.trial.TrialState.COMPLETE)
+    return len(block) / (time.perf_counter() - start)
+
+
+# --- ours
+
+
+def ours_block(pool: RayPool, block: list[Policy]) -> float:
+    """Candidates per second."""
+    start = time.perf_counter()
+    landed: list[Measurement] = []
+    pool.score(block, landed.append, lambda: False)
+    if not all(m.ok for m in landed):
+        raise SystemExit(f"failed: {[m.reason for m in landed if not m.ok]}")
+    return len(block) / (time.perf_counter() - start)
+
+
+@contextmanager
+def stopwatch(scorer: Scorer, spent: dict[str, float]) -> Iterator[None]:
+    """Adds up the seconds of each step of a scorer."""
+
+    def timed(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return step(*arguments)
+            finally:
+                spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+
+        return run
+
+    names = ("cut", "compensate", "recalibrate", "reconstruct", "measure")
+    for name in names:
+        setattr(scorer, name, timed(name, getattr(scorer, name)))
+    yield
+    for name in names:
+        delattr(scorer, name)
+
+
+def peak(dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product on one core."""
+    size, best = 2048, 0.0
+    left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+    for _ in range(6):
+        start = time.perf_counter()
+        left @ right
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def forward_images(settings: ProxySettings, workload: Workload) -> dict[str, int]:
+    """Images that each step shows to the network."""
+    n = len(workload.calibration)
+    return {
+        "measure": len(workload.validation),
+        "recalibrate": min(settings.recalibration_images or n, n),
+        "reconstruct": min(settings.reconstruction_images, n),
+    }
+
+
+def where_time_goes(workload: Workload, policies: list[Policy]) -> dict[str, Any]:
+    """Shares of a candidate's steps, dispatch and ledger; useful FLOP/s beside the peak."""
+    scorer = Scorer(workload)
+    scorer.score(policies[0])
+    spent: dict[str, float] = {}
+    start = time.perf_counter()
+    with stopwatch(scorer, spent):
+        for policy in policies:
+            scorer.score(policy)
+    whole = time.perf_counter() - start
+    macs, params = workload.plan.table.costs_of(policies)
+    shown = forward_images(workload.settings, workload)
+    flops = {name: 2.0 * float(macs.sum()) * n for name, n in shown.items() if name in spent}
+    with tempfile.TemporaryDirectory() as folder, Ledger.create(Path(folder), {}) as ledger:
+        costs = [(int(m), int(p)) for m, p in zip(macs, params, strict=True)]
+        ledger.record_ask("search", 0, policies, costs)
+        start = time.perf_counter()
+        for policy in policies:
+            ledger.record(_plain(policy), time.time())
+        ledger_seconds = time.perf_counter() - start
+    best = peak(torch.bfloat16 if workload.settings.precision == "bfloat16" else torch.float32)
+    forward = sum(spent[name] for name in flops)
+    return {
+        "seconds": whole / len(policies),
+        "shares": {name: value / whole for name, value in spent.items()},
+        "ledger_share": ledger_seconds / whole,
+        "flops_per_second": {name: flops[name] / spent[name] for name in flops},
+        "peak_flops_per_second": best,
+        "share_of_peak": sum(flops.values()) / forward / best,
+        "outside_forward": 1 - forward / whole + ledger_seconds / whole,
+    }
+
+
+def _plain(policy: Policy) -> Measurement:
+    from evosearch.measurement import METRICS, Status
+
+    return Measurement(policy=policy, status=Status.OK, metrics=dict.fromkeys(METRICS, 0.5))
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--blocks", type=int, default=3)
+    made.add_argument("--policies", type=int, default=8, help="per block")
+    options = made.parse_args()
+    import optuna
+    import ray
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    torch.set_num_threads(1)
+    network = published(options.data, "resnet56")
+    plan = trace(network)
+    train = images(options.data, "cifar10_train")
+    rng = np.random.default_rng(0)
+    first, last = np.arange(45_000), np.arange(45_000, 50_000)
+    pixels = {
+        "calibration": train.take(first[balanced_subset(train.labels[first], CALIBRATION, 0)]),
+        "validation": train.take(last[balanced_subset(train.labels[last], VALIDATION, 0)]),
+    }
+    workloads = {}
+    for name, (calibration, validation, proxy) in OURS.items():
+        chosen = pixels["calibration"].take(np.arange(calibration))
+        workloads[name] = prepare_workload(
+            network,
+            plan,
+            ProxySettings(**{**proxy, "precision": settled_precision("auto")}),
+            Images(augment(chosen.pixels, 4, True, rng), chosen.labels),
+            pixels["validation"].take(np.arange(validation)),
+        )
+    policies = random_policies(plan.table, options.blocks * options.policies)
+    rates: dict[str, list[float]] = {"Optuna and Torch-Pruning": []} | {n: [] for n in OURS}
+    study = optuna.create_study(
+        directions=["minimize", "minimize"], sampler=optuna.samplers.NSGAIISampler(seed=0)
+    )
+    context = multiprocessing.get_context("spawn")
+    arguments = (options.data, pixels["calibration"], pixels["validation"])
+    # The workers of one pool are idle while others score: one cluster has room for all.
+    ray.init(
+        address="local",
+        num_cpus=PROCESSES * len(OURS),
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=1 << 30,
+    )
+    pools = {n: RayPool(w, PoolSettings(workers=PROCESSES)) for n, w in workloads.items()}
+    with ProcessPoolExecutor(PROCESSES, context, start_rival, arguments) as executor:
+        rival_block(executor, study, plan.table, policies[:PROCESSES])  # starts, warms up
+        for pool in pools.values():
+            ours_block(pool, policies[:PROCESSES])
+        for index in range(options.blocks):
+            block = policies[index * options.policies : (index + 1) * options.policies]
+            rates["Optuna and Torch-Pruning"].append(
+                rival_block(executor, study, plan.table, block)
+            )
+            for name, pool in pools.items():
+                rates[name].append(ours_block(pool, block))
+    for pool in pools.values():
+        pool.close()
+    ray.shutdown()
+    ratios = {
+        name: [
+            ours / theirs for ours, theirs in zip(r, rates["Optuna and Torch-Pruning"], strict=True)
+        ]
+        for name, r in rates.items()
+    }
+    show(
+        f"ResNet-56, {PROCESSES} processes, {options.blocks} blocks of {options.policies} policies",
+        ["", "candidates / s", "ratio", "range"],
+        [
+            [
+                name,
+                statistics.median(rate),
+                statistics.median(ratios[name]),
+                f"{min(ratios[name]):.1f} to {max(ratios[name]):.1f}",
+            ]
+            for name, rate in rates.items()
+        ],
+    )
+    parts = {name: where_time_goes(w, policies[:6]) for name, w in workloads.items()}
+    steps = ("cut", "compensate", "reconstruct", "recalibrate", "measure")
+    show(
+        "Where a candidate's time goes, one core",
+        ["", "s", *(f"{s} %" for s in steps), "ledger %", "% of peak", "outside %"],
+        [
+            [
+                name,
+                part["seconds"],
+                *(100 * part["shares"].get(step, 0.0) for step in steps),
+                100 * part["ledger_share"],
+                100 * part["share_of_peak"],
+                100 * part["outside_forward"],
+            ]
+            for name, part in parts.items()
+        ],
+    )
+    print(f"goals: ratio {GOAL_RATIO:g}, {GOAL_PEAK:.0%} of peak, {GOAL_OUTSIDE:.0%} outside")
+    write(
+        "throughput",
+        options.json,
+        {
+            "network": "resnet56",
+            "images": {"calibration": CALIBRATION, "validation": VALIDATION},
+            "settings": {n: {"validation": v, **p} for n, (_, v, p) in OURS.items()},
+            "precision": settled_precision("auto"),
+            "candidates_per_second": rates,
+            "ratio": ratios,
+            "time": parts,
+            "goals": {"ratio": GOAL_RATIO, "peak": GOAL_PEAK, "outside": GOAL_OUTSIDE},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
