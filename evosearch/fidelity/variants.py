@@ -71,9 +71,6 @@ VARIANTS: dict[str, Variant] = {
             "data.validation": 256,
         },
     ),
-    "distilled-60": _proxy(
-        "compensated, then 60 steps towards the dense outputs", "distilled", distillation_steps=60
-    ),
 }
 
 

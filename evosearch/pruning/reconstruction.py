@@ -347,14 +347,14 @@ class Reconstructor:
             network: The working copy, cut to `keep`; batch norms that are fitted through become
                 plain biases.
             keep: `(n_channels + 1,)` boolean by flat channel number, as given to the cutter.
-            images: `(n, channels, height, width)`, those of the targets.
+            images: `(n, channels, height, width)`, those of the targets, in the forward's dtype.
         """
         self._keep = keep
         self._pending.clear()
         self._solved.clear()
         self._fast.update(network)
         with _Sums(self._added):
-            self._fast.module(images.to(self._fast.dtype))
+            self._fast.module(images)
         if self._pending:
             names = ", ".join(fit.name for fit, _, _ in self._pending.values())
             raise NetworkError(f"{names}: the output was added in the dense network and is not now")

@@ -61,8 +61,8 @@ def distil(
 ) -> None:
     """A few steps of SGD towards the dense network's outputs, in place.
 
-    Batch norm keeps its statistics, as so few images would spoil them. Momentum 0.9; one linear
-    fall of the learning rate to zero.
+    Batch norm keeps its statistics, as so few images would spoil them. Momentum 0.9, gradients
+    clipped to norm 1, one linear fall of the learning rate to zero.
 
     Args:
         module: The cut network, float32, in evaluation mode, and left in it.
@@ -90,6 +90,8 @@ def distil(
             loss = F.kl_div(found, wanted, reduction="batchmean", log_target=True)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
+            # A hard cut starts where gradients are steep.
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
     finally:
         for parameter, wish in zip(parameters, before, strict=True):

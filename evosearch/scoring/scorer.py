@@ -88,6 +88,7 @@ class Scorer:
         self._dense_logits = torch.from_numpy(np.array(workload.dense_logits))
         self._labels = torch.from_numpy(np.array(workload.validation.labels))
         self._batch_size = self.settings.batch_size
+        self._fitting_images: Tensor | None = None
         self._kept_inputs: dict[tuple[str, int], list[Tensor]] = {}
 
     def keep(self, policy: Policy) -> NDArray[np.bool_]:
@@ -129,9 +130,11 @@ class Scorer:
         """Fits layer after layer to what the dense network returned."""
         assert self._reconstructor is not None  # noqa: S101  workloads of such proxies have targets
         # One batch: a layer is fitted on all images before the next one runs.
-        pixels = self._workload.calibration.pixels[: self.settings.reconstruction_images]
-        images = self._network.normalise(pixels).to(self._device)
-        self._reconstructor.reconstruct(self._cutter.network, keep, images)
+        if self._fitting_images is None:
+            pixels = self._workload.calibration.pixels[: self.settings.reconstruction_images]
+            images = self._network.normalise(pixels)
+            self._fitting_images = images.to(self._device, self._measured.dtype)
+        self._reconstructor.reconstruct(self._cutter.network, keep, self._fitting_images)
 
     def refit(self) -> None:
         """Fits the classifier to the dense network's outputs."""
