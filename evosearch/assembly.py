@@ -5,7 +5,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ from evosearch.data import (
 from evosearch.errors import ConfigError, DataError
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.policy import Policy
+from evosearch.pruning.blending import cluster_groups
+from evosearch.pruning.criteria import applicable_criteria, criterion_named
+from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.groups import trace
 from evosearch.pruning.table import GroupTable
 from evosearch.recipe import DataRecipe, NetworkRecipe, Recipe
@@ -39,7 +42,7 @@ from evosearch.scoring.objectives import Constraint, Goals, worst_metrics
 from evosearch.scoring.pool import PoolSettings
 from evosearch.scoring.proxies import ProxySettings, proxy_named
 from evosearch.scoring.workload import Workload, prepare_workload, settled_precision
-from evosearch.space import SearchSpace, make_space
+from evosearch.space import CriteriaFacts, CriteriaWish, SearchSpace, criteria_wish, make_space
 
 # How many are drawn where a recipe says nothing, if there are so many.
 _IMAGES = {"calibration": 1000, "validation": 2000}
@@ -57,6 +60,7 @@ __all__ = [
     "assemble",
     "foresight_of",
     "goals_of",
+    "network_and_images",
     "network_spec",
     "pool_settings",
     "reachable_costs",
@@ -134,7 +138,12 @@ def _draw(recipe: DataRecipe, key: str, pool: ImagePool) -> Images:
         raise DataError(f"data.{key} = {size}: {exc} in that part of {recipe.name}") from exc
 
 
-def _network_and_images(recipe: Recipe) -> tuple[Network, Images, Images]:
+def network_and_images(recipe: Recipe) -> tuple[Network, Images, Images]:
+    """The dense network, calibration images as in training, and validation images.
+
+    Raises:
+        EvosearchError: One cannot be had, or they do not fit together.
+    """
     spec = network_spec(recipe.network)
     source = _source(recipe.data, spec)
     calibration = _draw(recipe.data, "calibration", source.training())
@@ -171,12 +180,14 @@ class Assembled:
         space: What genomes mean.
         goals: What is minimised.
         workload: What scorers need.
+        criteria: What the space was told about criteria, if it asked.
     """
 
     recipe: Recipe
     space: SearchSpace
     goals: Goals
     workload: Workload
+    criteria: CriteriaFacts | None = None
 
     @property
     def dense_error(self) -> float:
@@ -196,6 +207,12 @@ class Assembled:
             "the order of the classes"
         ]
 
+    def _order_digest(self) -> str:
+        """Digest of what decides the order in which channels go."""
+        blends = self.workload.blends
+        scores = {} if blends is None else {"scores": blends.scores}
+        return _digest({"places": self.workload.places, **scores})
+
     def facts(self) -> dict[str, Any]:
         """What the ledger keeps about the run, as plain data."""
         table = self.workload.plan.table
@@ -212,7 +229,8 @@ class Assembled:
                 "validation": self.workload.validation.digest(),
             },
             "weights": _digest(self.workload.state),
-            "channel_order": _digest({"places": self.workload.places}),
+            "channel_order": self._order_digest(),
+            "criteria": None if self.criteria is None else asdict(self.criteria),
             "versions": {
                 name: importlib.metadata.version(name)
                 for name in ("evosearch", "torch", "numpy", "pymoo", "ray", "torch-pruning")
@@ -240,11 +258,13 @@ def assemble(recipe: Recipe) -> Assembled:
         proxy_named(recipe.proxy.name)
     run = recipe.run
     check_devices(run.workers, run.gpus_per_worker, run.ray_address)
-    network, calibration, validation = _network_and_images(recipe)
+    network, calibration, validation = network_and_images(recipe)
     plan = trace(network)
     options = {key: value for key, value in recipe.space.items() if key != "name"}
-    space = make_space(recipe.space["name"], plan.table, options)
-    if space.cheapest() == space.dearest():
+    wish = criteria_wish(recipe.space["name"], options)
+    facts = None if wish is None else _unclustered(wish, network, plan, recipe.proxy.criterion)
+    space = make_space(recipe.space["name"], plan.table, options, facts)
+    if wish is None and space.cheapest() == space.dearest():
         raise ConfigError(
             f"space: {', '.join(f'{k} = {v}' for k, v in options.items()) or 'this network'} "
             "leaves every group a single width, and nothing to search; lower space.round_to or "
@@ -262,6 +282,8 @@ def assemble(recipe: Recipe) -> Assembled:
             ProxySettings(
                 name=proxy.name,
                 criterion=proxy.criterion,
+                coupling=proxy.coupling,
+                labels=proxy.labels,
                 recalibrate=proxy.recalibrate,
                 ridge=proxy.ridge,
                 recalibration_images=proxy.recalibration_images,
@@ -275,8 +297,36 @@ def assemble(recipe: Recipe) -> Assembled:
             ),
             calibration,
             validation,
+            facts.names if facts else (),
+            wish.comparison if wish else "rank",
         )
-    return Assembled(recipe=recipe, space=space, goals=goals, workload=workload)
+    if wish is not None and facts is not None and workload.blends is not None:
+        facts = replace(
+            facts,
+            clusters=cluster_groups(
+                facts.names,
+                workload.blends.scores,
+                plan.table,
+                wish.clusters,
+                plan.table.units(wish.sharing),
+            ),
+        )
+        space = make_space(recipe.space["name"], plan.table, options, facts)
+    return Assembled(recipe=recipe, space=space, goals=goals, workload=workload, criteria=facts)
+
+
+def _unclustered(
+    wish: CriteriaWish, network: Network, plan: CuttingPlan, default: str
+) -> CriteriaFacts:
+    """Facts before anything is computed: enough to check options and budgets."""
+    names = wish.names or applicable_criteria(network.module, plan)[0]
+    for field, named in (("proxy.criterion", (default,)), ("space.criteria", names)):
+        with _naming(field):
+            for name in named:
+                criterion_named(name)
+    return CriteriaFacts(
+        names=names, default=default, clusters=((names,),) * len(plan.table.groups)
+    )
 
 
 @contextmanager

@@ -50,6 +50,8 @@ class RunFacts(BaseModel):
     """Digest of the dense network's tensors."""
     channel_order: str
     """Digest of the order in which channels of each group go."""
+    criteria: dict[str, Any] | None = None
+    """What a space of blends was told about criteria: names and clusters."""
     versions: dict[str, str]
     """Of the libraries at launch."""
     seeds: tuple[tuple[float, ...], ...]
@@ -113,6 +115,7 @@ def check_same(recorded: RunFacts, now: Mapping[str, Any], run: Path) -> None:
         ("dense_error", "the dense network's error", max(_TOLERANCE, _one_image(recorded))),
         ("outputs", "what the dense network puts out", _TOLERANCE),
         ("worst", "how sure the dense network is", _TOLERANCE),
+        ("criteria", "clusters of criteria", 0.0),
         ("channel_order", "the order in which channels go", 0.0),
     ):
         if not _equal(then[key], here[key], tolerance):

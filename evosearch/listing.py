@@ -28,9 +28,13 @@ def _algorithms() -> dict[str, str]:
 
 
 def _criteria() -> dict[str, str]:
-    from evosearch.pruning.criteria import CRITERIA
+    from evosearch.pruning.criteria import CRITERIA, known_criteria
 
-    return {name: criterion.title for name, criterion in CRITERIA.items()}
+    return {
+        **{name: criterion.title for name, criterion in CRITERIA.items()},
+        **{name: point.value for name, point in known_criteria().items()},
+        "module:function": "your own; also path/to/file.py:function",
+    }
 
 
 def _proxies() -> dict[str, str]:

@@ -1,13 +1,42 @@
-"""What a genome means: how many channels of which group are kept."""
+"""What a genome means: how many channels of which group are kept, and by which criteria."""
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from evosearch.errors import PolicyError
 
-__all__ = ["Policy"]
+__all__ = ["Blend", "Policy"]
+
+# Per group, criteria with their weights.
+Blend = tuple[tuple[tuple[str, int], ...], ...]
+
+
+def _canonical(blend: Sequence[Sequence[tuple[str, int]]], n_groups: int) -> Blend:
+    """Criteria by name, weights in lowest terms; nothing at all if no group has a blend."""
+    if not any(blend):
+        return ()
+    if len(blend) != n_groups:
+        raise PolicyError(f"a policy of {n_groups} groups has {len(blend)} blends")
+    for group, pairs in enumerate(blend):
+        names = [name for name, _ in pairs]
+        weights = [weight for _, weight in pairs]
+        if len(set(names)) < len(names) or not all(type(w) is int and w > 0 for w in weights):
+            raise PolicyError(
+                f"group {group}: a blend names each criterion once, with a whole weight above 0, "
+                f"got {dict(pairs)}"
+            )
+    return tuple(
+        tuple(
+            sorted(
+                (str(name), weight // math.gcd(*(w for _, w in pairs))) for name, weight in pairs
+            )
+        )
+        for pairs in blend
+    )
 
 
 @dataclass(frozen=True)
@@ -16,12 +45,17 @@ class Policy:
 
     Args:
         keep: One count per prunable group, in the order of the group table, each at least 1.
+        blend: Per group the criteria that say which channels, with whole weights; an empty one
+            means the recipe's criterion. Weights are reduced to lowest terms and criteria sorted
+            by name, so that equal blends are equal; if all are empty there is none.
 
     Raises:
-        PolicyError: A group would lose every channel, or a count is not an integer.
+        PolicyError: A group would lose every channel, a count is not an integer, or a blend is
+            not what it should be.
     """
 
     keep: tuple[int, ...]
+    blend: Blend = ()
 
     def __post_init__(self) -> None:
         if not set(map(type, self.keep)) <= {int}:  # True is an int, but no count
@@ -29,10 +63,16 @@ class Policy:
         if min(self.keep, default=1) < 1:
             empty = [group for group, count in enumerate(self.keep) if count < 1]
             raise PolicyError(f"groups {empty} would lose every channel; keep at least 1")
+        if self.blend:
+            object.__setattr__(self, "blend", _canonical(self.blend, len(self.keep)))
 
     def to_json(self) -> str:
-        """The one JSON text of this policy."""
-        return f'{{"keep":[{",".join(map(str, self.keep))}]}}'
+        """The one JSON text of this policy; without a blend it does not mention any."""
+        keep = f'"keep":[{",".join(map(str, self.keep))}]'
+        if not self.blend:
+            return f"{{{keep}}}"
+        blend = json.dumps([dict(pairs) for pairs in self.blend], separators=(",", ":"))
+        return f'{{{keep},"blend":{blend}}}'
 
     @classmethod
     def from_json(cls, text: str) -> "Policy":
@@ -42,8 +82,10 @@ class Policy:
             PolicyError: The text is not a policy.
         """
         try:
-            return cls(keep=tuple(json.loads(text)["keep"]))
-        except (ValueError, KeyError, TypeError) as exc:
+            content = json.loads(text)
+            blend = tuple(tuple(pairs.items()) for pairs in content.get("blend", ()))
+            return cls(keep=tuple(content["keep"]), blend=blend)
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
             if isinstance(exc, PolicyError):
                 raise
             raise PolicyError(f"not a policy: {text[:80]!r}") from exc

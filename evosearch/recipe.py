@@ -120,7 +120,11 @@ class ProxyRecipe(_Table):
     name: str = "compensated"
     """See `evosearch list proxies`."""
     criterion: str = "residual-energy"
-    """Which channels go first: l1, l2, bn-scale, fpgm or residual-energy."""
+    """Which channels go first: `evosearch list criteria`, or your own as `module:function`."""
+    coupling: Literal["mean", "max", "sum"] = "mean"
+    """What a group with several producers, norms or consumers gets of their scores."""
+    labels: Literal["given", "own"] = "given"
+    """What criteria with a loss go by: labels given, or classes drawn from the dense outputs."""
     recalibrate: bool = True
     """Whether `compensated` re-estimates batch norm after folding."""
     ridge: Annotated[float, Field(ge=0)] = 1e-4
@@ -307,6 +311,15 @@ def _absolute_paths(data: dict[str, Any], folder: Path) -> None:
             value = images.get(key)
             if isinstance(value, str) and (key != "name" or value.endswith(".npz")):
                 images[key] = _from(folder, value)
+    proxy, space = data.get("proxy"), data.get("space")
+    if isinstance(proxy, dict) and _is_own_file(proxy.get("criterion")):
+        proxy["criterion"] = _from(folder, proxy["criterion"])
+    if isinstance(space, dict) and isinstance(space.get("criteria"), list):
+        space["criteria"] = [_from(folder, v) if _is_own_file(v) else v for v in space["criteria"]]
+
+
+def _is_own_file(value: object) -> bool:
+    return isinstance(value, str) and value.rpartition(":")[0].endswith(".py")
 
 
 def _from(folder: Path, value: str) -> str:

@@ -5,7 +5,8 @@ the entry-point group `evosearch.spaces` and called with a group table and the o
 recipe's `[space]` table. Nothing in evosearch knows a space by name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
@@ -18,9 +19,12 @@ from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
 
 __all__ = [
+    "CriteriaFacts",
+    "CriteriaWish",
     "LevelledSpace",
     "SearchSpace",
     "SpaceFactory",
+    "criteria_wish",
     "known_spaces",
     "make_space",
     "unique_rows",
@@ -82,8 +86,44 @@ class LevelledSpace(SearchSpace, Protocol):
         """For each gene its distinct values, at least one, from the narrowest to the widest."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CriteriaWish:
+    """What a space whose genes choose among criteria asks for.
+
+    Args:
+        names: Criteria; all that apply to the network if empty.
+        clusters: How many clusters per group at most; by silhouette if None.
+        comparison: How scores become comparable: `rank` or `min-max`.
+        sharing: Which groups have the same clusters: `layer` (each its own), `stage`, `network`.
+    """
+
+    names: tuple[str, ...] = ()
+    clusters: int | None = None
+    comparison: str = "rank"
+    sharing: str = "layer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriteriaFacts:
+    """What it is told before it is made.
+
+    Args:
+        names: The criteria, in the order of the wish.
+        default: The recipe's criterion, which goes by where a policy has no blend.
+        clusters: Per group the names that rank alike.
+    """
+
+    names: tuple[str, ...]
+    default: str
+    clusters: tuple[tuple[tuple[str, ...], ...], ...]
+
+
 class SpaceFactory(Protocol):
-    """Makes a space for a network."""
+    """Makes a space for a network.
+
+    A factory with a method `criteria_wish`, from options to a CriteriaWish, gets the CriteriaFacts
+    as its third argument.
+    """
 
     def __call__(self, table: GroupTable, options: Mapping[str, Any]) -> SearchSpace:
         """Raises ConfigError for options it does not understand."""
@@ -107,12 +147,7 @@ def known_spaces() -> dict[str, EntryPoint]:
     return dict(sorted(found.items()))
 
 
-def make_space(name: str, table: GroupTable, options: Mapping[str, Any]) -> SearchSpace:
-    """Makes a registered space.
-
-    Raises:
-        ConfigError: No such space, it cannot be imported, or it refuses the options.
-    """
+def _factory(name: str) -> SpaceFactory:
     points = known_spaces()
     if name not in points:
         raise ConfigError(f"space.name: no search space {name!r}; there are {', '.join(points)}")
@@ -120,7 +155,39 @@ def make_space(name: str, table: GroupTable, options: Mapping[str, Any]) -> Sear
         factory: SpaceFactory = points[name].load()
     except (ImportError, AttributeError) as exc:
         raise ConfigError(f"search space {name!r} cannot be loaded: {exc}") from exc
-    return factory(table, options)
+    return factory
+
+
+def criteria_wish(name: str, options: Mapping[str, Any]) -> CriteriaWish | None:
+    """What a registered space wants to know about criteria; None if nothing.
+
+    Raises:
+        ConfigError: No such space, it cannot be imported, or it refuses the options.
+    """
+    wish: Callable[[Mapping[str, Any]], CriteriaWish] | None
+    wish = getattr(_factory(name), "criteria_wish", None)
+    return None if wish is None else wish(options)
+
+
+def make_space(
+    name: str,
+    table: GroupTable,
+    options: Mapping[str, Any],
+    facts: CriteriaFacts | None = None,
+) -> SearchSpace:
+    """Makes a registered space.
+
+    Args:
+        name: Of the space.
+        table: Groups and costs.
+        options: Of the recipe's `[space]` table, without the name.
+        facts: For a space with a wish; others are not given any.
+
+    Raises:
+        ConfigError: No such space, it cannot be imported, or it refuses the options.
+    """
+    factory: Callable[..., SearchSpace] = _factory(name)
+    return factory(table, options) if facts is None else factory(table, options, facts)
 
 
 def unique_rows(policies: Sequence[Policy]) -> list[int]:

@@ -22,7 +22,7 @@ from evosearch.pruning.table import GroupTable
 from evosearch.recipe import explain
 from evosearch.space import unique_rows
 
-__all__ = ["LayerSparsity", "LayerSparsityOptions"]
+__all__ = ["LayerSparsity", "LayerSparsityOptions", "ProjectOnto"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

@@ -21,7 +21,15 @@ from evosearch.errors import NetworkError
 from evosearch.networks.catalogue import BUILT_IN, IMAGENET, InputSpec
 from evosearch.networks.weights import load_into, read_weights, weights_path
 
-__all__ = ["Network", "NetworkSpec", "build_module", "is_own", "load_network"]
+__all__ = [
+    "Network",
+    "NetworkSpec",
+    "build_module",
+    "import_file",
+    "import_named",
+    "is_own",
+    "load_network",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +94,8 @@ def _torchvision_factory(name: str) -> Callable[..., nn.Module] | None:
     return models.get_model_builder(name) if name in known else None
 
 
-def _import_file(path: Path) -> ModuleType:
+def import_file(path: Path) -> ModuleType:
+    """Imports a Python file of a user; raises whatever it raises."""
     # Registered under a name, as classes defined in the file expect to find their module.
     module_name = f"evosearch_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
@@ -98,7 +107,8 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _import_named(name: str) -> ModuleType:
+def import_named(name: str) -> ModuleType:
+    """Imports a module of a user by name; raises whatever it raises."""
     # A console script, unlike `python -m`, does not look for modules where it runs.
     here = str(Path.cwd())
     if not {here, ""} & set(sys.path):
@@ -112,7 +122,7 @@ def _own_factory(name: str) -> Callable[..., nn.Module]:
     if place.endswith(".py") and not path.is_file():
         raise NetworkError(f"network {name!r}: file {path} does not exist")
     try:
-        module = _import_file(path) if place.endswith(".py") else _import_named(place)
+        module = import_file(path) if place.endswith(".py") else import_named(place)
     except (Exception, SystemExit) as exc:  # a user's file may do anything while it is imported
         raise NetworkError(f"network {name!r}: importing {place} failed with {exc!r}") from exc
     factory = getattr(module, attribute, None)

@@ -216,3 +216,10 @@ class GroupTable:
         for index, group in enumerate(self.groups):
             found.setdefault(group.resolution, []).append(index)
         return tuple(tuple(members) for members in found.values())
+
+    def units(self, sharing: str) -> tuple[tuple[int, ...], ...]:
+        """Indices of groups that share something: each `layer` alone, a `stage`, the `network`."""
+        if sharing == "stage":
+            return self.stages
+        every = tuple(range(len(self.groups)))
+        return (every,) if sharing == "network" else tuple((group,) for group in every)

@@ -43,11 +43,17 @@ _NUMBERS = (*_VALUES, "violation", "seconds", "crowding")
 
 
 def _policy_columns(results: Results) -> tuple[str, ...]:
-    return tuple(f"keep:{name}" for name, _ in results.groups)
+    """Widths per group and, in a run in which policies have them, blends."""
+    blends = any(row.policy.blend for row in (*results.rows, *results.baseline))
+    kinds = ("keep", "blend") if blends else ("keep",)
+    return tuple(f"{kind}:{name}" for kind in kinds for name, _ in results.groups)
 
 
 def _kept(results: Results, policy: Policy) -> dict[str, Any]:
-    return dict(zip(_policy_columns(results), policy.keep, strict=True))
+    blends = policy.blend or ((),) * len(policy.keep)
+    told = [" + ".join(f"{weight} {name}" for name, weight in pairs) for pairs in blends]
+    columns = _policy_columns(results)
+    return dict(zip(columns, [*policy.keep, *told][: len(columns)], strict=True))
 
 
 def _measured(row: Row) -> dict[str, Any]:
@@ -130,7 +136,8 @@ def _frame(records: Records) -> "pd.DataFrame":
 
     frame = pd.DataFrame.from_records(list(records.rows), columns=list(records.columns))
     # A column that happens to be empty in this run keeps the type it has in others.
-    types = {**dict.fromkeys(_TEXT, "str"), **dict.fromkeys(_NUMBERS, "float64")}
+    text = (*_TEXT, *(name for name in records.columns if name.startswith("blend:")))
+    types = {**dict.fromkeys(text, "str"), **dict.fromkeys(_NUMBERS, "float64")}
     return frame.astype({name: kind for name, kind in types.items() if name in frame})
 
 

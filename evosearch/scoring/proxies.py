@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evosearch.errors import ConfigError
+from evosearch.pruning.criteria import Coupling
 
 __all__ = ["PROXIES", "Bench", "Proxy", "ProxySettings", "proxy_named"]
 
@@ -34,6 +35,9 @@ class ProxySettings:
     Args:
         name: A name from PROXIES.
         criterion: Which channels go first; a name from the criteria.
+        coupling: How a criterion's scores of coupled layers become one.
+        labels: What criteria with a loss train or differentiate towards: `given` ones, or `own`
+            for classes drawn from the network's own outputs.
         recalibrate: Whether `compensated` re-estimates batch norm after folding.
         ridge: Load on the Gram matrix when folding, as a share of its mean diagonal.
         recalibration_images: The first so many calibration images recalibrate; None for all.
@@ -48,6 +52,8 @@ class ProxySettings:
 
     name: str
     criterion: str
+    coupling: Coupling = "mean"
+    labels: str = "given"
     recalibrate: bool = True
     ridge: float = 1e-4
     recalibration_images: int | None = None

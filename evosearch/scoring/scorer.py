@@ -14,6 +14,7 @@ from evosearch.data import Images
 from evosearch.errors import CandidateOutOfMemory, NetworkError
 from evosearch.measurement import Measurement, Status
 from evosearch.policy import Policy
+from evosearch.pruning.blending import Blends
 from evosearch.pruning.compensation import Compensator
 from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.folding import FastCopy, Layout
@@ -84,6 +85,8 @@ class Scorer:
                 self.settings.reconstruction_ridge,
                 every_layer=self.settings.reconstruction_layers == "all",
             )
+        nothing = Blends(names=(), scores=np.empty((0, len(workload.places))))
+        self._blends = workload.blends or nothing
         self._proxy = proxy_named(self.settings.name)
         self._dense_logits = torch.from_numpy(np.array(workload.dense_logits))
         self._labels = torch.from_numpy(np.array(workload.validation.labels))
@@ -95,8 +98,11 @@ class Scorer:
         """Which channels a policy keeps: `(n_channels + 1,)` by flat number, the last one True."""
         self._table.check(policy)
         counts = np.array(policy.keep, dtype=np.int64)
-        keep = np.ones(len(self._workload.places) + 1, dtype=np.bool_)
-        keep[:-1] = self._workload.places < counts[self._table.group_of]
+        places = self._workload.places
+        if policy.blend:
+            places = self._blends.places(policy.blend, self._table, places)
+        keep = np.ones(len(places) + 1, dtype=np.bool_)
+        keep[:-1] = places < counts[self._table.group_of]
         return keep
 
     def cut(self, keep: NDArray[np.bool_]) -> None:

@@ -5,7 +5,7 @@ Channel order, Gram matrices and the dense network's outputs are computed here, 
 workers cut and compare alike, whatever machine they run on.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from evosearch.data import Images
 from evosearch.errors import NetworkError
 from evosearch.networks import InputSpec, Network, NetworkSpec, build_module
-from evosearch.pruning.criteria import CRITERIA, channel_order
+from evosearch.pruning.blending import Blends, comparable, places_of
+from evosearch.pruning.criteria import Samples, channel_scores, criterion_named
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.folding import FastCopy, Layout, layout_of
 from evosearch.pruning.reconstruction import Target, targets_of
@@ -30,6 +31,7 @@ __all__ = [
     "batches",
     "logits",
     "prepare_workload",
+    "samples_of",
     "settled_precision",
     "single_thread",
 ]
@@ -57,6 +59,7 @@ class Workload:
         validation: Images that metrics are measured on.
         layout: Which norms can be folded, and which layer is the last.
         places: `(n_channels,)` place of each flat channel in its group's order, 0 = kept longest.
+        blends: Criteria that policies may blend, if any.
         grams: Second moments by consumer; empty if the proxy does without.
         targets: What the dense layers return for the first calibration images; likewise.
         teacher: `(n_calibration, n_classes)` float32 outputs of the dense network; empty likewise.
@@ -73,6 +76,7 @@ class Workload:
     validation: Images
     layout: Layout
     places: NDArray[np.int64]
+    blends: Blends | None = None
     grams: Mapping[str, NDArray[np.float64]]
     targets: Mapping[str, Target]
     teacher: NDArray[np.float32]
@@ -178,14 +182,41 @@ def divergence(wanted: Tensor, outputs: Tensor) -> float:
     return float((log_p.exp() * (log_p - log_q)).sum(1).mean())
 
 
+def samples_of(network: Network, calibration: Images, size: int, labels: str) -> Samples:
+    """Calibration images as criteria want them.
+
+    Args:
+        network: Says how to normalise.
+        calibration: The images.
+        size: Images per batch, at least.
+        labels: What a loss goes by: those `given`, or `own` for classes drawn from the outputs.
+    """
+    return Samples(
+        batches=list(batches(network, calibration, size, at_least=True)),
+        labels=torch.from_numpy(np.array(calibration.labels)),
+        own_labels=labels == "own",
+    )
+
+
 def prepare_workload(
     network: Network,
     plan: CuttingPlan,
     settings: ProxySettings,
     calibration: Images,
     validation: Images,
+    candidates: Sequence[str] = (),
+    comparison: str = "rank",
 ) -> Workload:
     """Collects statistics and the dense network's outputs.
+
+    Args:
+        network: The dense network.
+        plan: How it is cut.
+        settings: The proxy.
+        calibration: Images for statistics.
+        validation: Images that metrics are measured on.
+        candidates: Criteria that policies may blend.
+        comparison: How their scores become comparable; see `comparable`.
 
     Raises:
         ConfigError: The proxy or the criterion is unknown.
@@ -209,13 +240,14 @@ def prepare_workload(
         rounding = 0.0
         if settings.precision != "float32":
             rounding = _check_rounding(network, layout, settings.precision, shown, outputs)
-        wants_grams = proxy.needs_grams or (
-            settings.criterion in CRITERIA and CRITERIA[settings.criterion].needs_grams
-        )
+        names = list(dict.fromkeys([settings.criterion, *candidates]))
+        needs = {need for name in names for need in criterion_named(name).needs} - {"norms"}
         grams: Mapping[str, NDArray[np.float64]] = {}
-        if wants_grams:
-            inputs = list(batches(network, calibration, size, at_least=True))
-            grams = gram_matrices(network.module, plan, inputs)
+        samples = None
+        if proxy.needs_grams or needs:
+            samples = samples_of(network, calibration, size, settings.labels)
+            if proxy.needs_grams or "grams" in needs:
+                grams = gram_matrices(network.module, plan, list(samples.batches))
         targets: Mapping[str, Target] = {}
         if proxy.needs_targets:
             first = calibration.pixels[: settings.reconstruction_images]
@@ -226,7 +258,13 @@ def prepare_workload(
         if proxy.needs_teacher:
             shown = list(batches(network, calibration, size, at_least=True))
             teacher = _dense_logits(network, layout, "float32", shown).numpy()
-        places = channel_order(network.module, plan, settings.criterion, grams or None)
+        scores = channel_scores(
+            network.module, plan, names, samples, grams or None, settings.coupling
+        )
+    blends = None
+    if candidates:
+        rows = scores[[names.index(name) for name in candidates]]
+        blends = Blends(names=tuple(candidates), scores=comparable(rows, plan.table, comparison))
     return Workload(
         spec=replace(network.spec, weights=None),
         input=network.input,
@@ -236,7 +274,8 @@ def prepare_workload(
         calibration=calibration,
         validation=validation,
         layout=layout,
-        places=places,
+        places=places_of(scores[0], plan.table),
+        blends=blends,
         grams=grams if proxy.needs_grams else {},
         targets=targets,
         teacher=teacher,

@@ -8,7 +8,7 @@ import pytest
 from evosearch.networks import NetworkSpec, load_network
 from evosearch.pruning.groups import trace
 from evosearch.pruning.table import GroupTable
-from evosearch.space import SearchSpace, make_space
+from evosearch.space import CriteriaFacts, SearchSpace, make_space
 from evosearch.testing import SpaceContract
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -58,3 +58,52 @@ class TestLayerSparsityOfAnUnevenStage(SpaceContract):
 
     def make(self, table: GroupTable) -> SearchSpace:
         return make_space("layer-sparsity", table, {"grouping": "stage"})
+
+
+CRITERIA = ("l1", "fpgm", "bn-scale", "apoz", "obd", "residual-energy")
+CLUSTERS: dict[str, tuple[tuple[tuple[str, ...], ...], ...]] = {
+    "three": (("apoz", "obd"), ("bn-scale",), ("fpgm", "l1", "residual-energy")),  # type: ignore[dict-item]
+    "one": (CRITERIA,),
+    "six": tuple((name,) for name in CRITERIA),  # type: ignore[misc]
+}
+BLENDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fixed": ("three", {"sparsity": 0.5}),
+    "nothing-removed": ("three", {"sparsity": 0.0}),
+    "one-cluster": ("one", {"sparsity": 0.3, "blending": "stage"}),
+    "six-clusters": ("six", {"sparsity": 0.5, "blending": "network"}),
+    "uniform": ("three", {"sparsity": [0.0, 0.9], "grouping": "network"}),
+    "uniform-half-the-macs": (
+        "three",
+        {"sparsity": [0.0, 0.95], "grouping": "network", "project_onto": {"macs": 0.5}},
+    ),
+    "joint": ("three", {"sparsity": [0.0, 0.9]}),
+    "joint-by-stage": ("one", {"sparsity": [0.0, 0.9], "grouping": "stage", "blending": "stage"}),
+    "joint-half-the-macs": (
+        "three",
+        {"sparsity": [0.0, 0.9], "round_to": 4, "project_onto": {"macs": 0.5}},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("configuration", "default"),
+    [*((name, "residual-energy") for name in BLENDS), ("fixed", "l2")],
+)
+class TestCriterionBlend(SpaceContract):
+    @pytest.fixture(autouse=True)
+    def _choose(self, configuration: str, default: str) -> None:
+        self.clusters, self.options = BLENDS[configuration]
+        self.default = default
+        # One ratio of 16, 32 and 64 channels is not always the mean of their roundings.
+        self.exact_inverse = configuration != "uniform"
+
+    def table(self) -> GroupTable:
+        return traced("resnet20")
+
+    def make(self, table: GroupTable) -> SearchSpace:
+        facts = CriteriaFacts(
+            names=CRITERIA,
+            default=self.default,
+            clusters=(CLUSTERS[self.clusters],) * len(table.groups),
+        )
+        return make_space("criterion-blend", table, self.options, facts)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from evosearch.errors import ConfigError, NetworkError
 from evosearch.networks import InputSpec, Network, NetworkSpec, load_network
 from evosearch.pruning.compensation import Compensator, fold
-from evosearch.pruning.criteria import CRITERIA, Consumer, GroupView, channel_order
+from evosearch.pruning.criteria import CRITERIA, Consumer, GroupView, Samples, channel_order
 from evosearch.pruning.cutting import Cutter, CuttingPlan
 from evosearch.pruning.groups import trace
 from evosearch.pruning.statistics import gram_matrices, units_of
@@ -530,12 +530,17 @@ def grams_of(network: Network, plan: CuttingPlan) -> dict[str, FloatArray]:
     return dict(gram_matrices(network.module, plan, [network.example(16)]))
 
 
+def samples_of(network: Network) -> Samples:
+    return Samples(batches=[network.example(8)], labels=torch.arange(8))
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_places_are_a_permutation_within_each_group(criterion: str) -> None:
     torch.manual_seed(0)
     network = load_network(NetworkSpec(name="resnet20"))
     plan = trace(network)
-    places = channel_order(network.module, plan, criterion, grams_of(network, plan))
+    grams, samples = grams_of(network, plan), samples_of(network)
+    places = channel_order(network.module, plan, criterion, grams, samples)
     for offset, n in zip(plan.table.offsets, plan.table.channels, strict=True):
         assert sorted(places[offset : offset + n]) == list(range(n))
 
@@ -609,7 +614,7 @@ def test_readers_that_are_not_finite_are_refused_with_the_group(bad: float) -> N
 
 def test_unknown_criterion_lists_the_known_ones(flat: tuple[Network, CuttingPlan]) -> None:
     network, plan = flat
-    with pytest.raises(ConfigError, match="no criterion 'frob'; there are l1, l2, fpgm, bn-scale"):
+    with pytest.raises(ConfigError, match="no criterion 'frob'; there are l1, l2, fpgm, fermat"):
         channel_order(network.module, plan, "frob")
 
 
@@ -631,7 +636,8 @@ def test_batch_norm_without_a_scale_is_no_help() -> None:
 def test_ordering_leaves_the_network_alone(criterion: str) -> None:
     network, plan = own(Tied())
     before = {key: tensor.clone() for key, tensor in network.module.state_dict().items()}
-    channel_order(network.module, plan, criterion, {"b": np.eye(6), "fc": np.eye(4)})
+    grams = {"b": np.eye(6), "fc": np.eye(4)}
+    channel_order(network.module, plan, criterion, grams, samples_of(network))
     after = network.module.state_dict()
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
 

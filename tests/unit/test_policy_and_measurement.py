@@ -1,5 +1,6 @@
 import hashlib
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +82,63 @@ def test_json_with_other_than_integers_is_refused(text: str) -> None:
 def test_json_that_empties_a_group_is_refused() -> None:
     with pytest.raises(PolicyError, match="would lose every channel"):
         Policy.from_json('{"keep": [4, 0]}')
+
+
+# --- blends
+
+BLEND = ((("l1", 2), ("apoz", 4)), ())
+pairs = st.dictionaries(st.text(max_size=5), st.integers(1, 20), max_size=3)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), pairs), max_size=5))
+def test_policy_with_a_blend_survives_json(groups: list[tuple[int, dict[str, int]]]) -> None:
+    policy = Policy(tuple(k for k, _ in groups), tuple(tuple(b.items()) for _, b in groups))
+    again = Policy.from_json(policy.to_json())
+    assert again == policy
+    assert again.digest == policy.digest
+
+
+def test_digest_of_a_blend_is_pinned() -> None:
+    text = '{"keep":[8,16],"blend":[{"apoz":2,"l1":1},{}]}'
+    assert Policy((8, 16), BLEND).to_json() == text
+    assert Policy((8, 16), BLEND).digest == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    "blend",
+    [
+        ((("apoz", 2), ("l1", 1)), ()),
+        ((("l1", 10), ("apoz", 20)), ()),
+    ],
+)
+def test_blends_in_equal_shares_are_equal(blend: Any) -> None:
+    assert Policy((8, 16), blend) == Policy((8, 16), BLEND)
+
+
+def test_blend_of_nothing_is_no_blend() -> None:
+    assert Policy((8, 16), ((), ())) == POLICY
+    assert Policy((8, 16), ((), ())).digest == POLICY.digest
+
+
+@pytest.mark.parametrize(
+    ("blend", "message"),
+    [
+        (((("l1", 1),),), "a policy of 2 groups has 1 blends"),
+        (((("l1", 0),), ()), "group 0: .* a whole weight above 0"),
+        (((), (("l1", 0.5),)), "group 1: .* a whole weight above 0"),
+        (((), (("l1", True),)), "group 1: .* a whole weight above 0"),
+        (((("l1", 1), ("l1", 2)), ()), "names each criterion once"),
+    ],
+)
+def test_blend_that_is_none_is_refused(blend: Any, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        Policy((8, 16), blend)
+
+
+@pytest.mark.parametrize("text", ['{"keep":[1],"blend":3}', '{"keep":[1],"blend":[7]}'])
+def test_json_of_a_blend_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(PolicyError, match="not a policy"):
+        Policy.from_json(text)
 
 
 def test_measurement_with_all_metrics_is_ok() -> None:

@@ -309,6 +309,8 @@ RELEVANT = {
     "search.options": {"f": 1.0},
     "proxy.name": "raw",
     "proxy.criterion": "l1",
+    "proxy.coupling": "max",
+    "proxy.labels": "own",
     "proxy.recalibrate": False,
     "proxy.ridge": 0.3,
     "proxy.batch_size": 3,

@@ -1,0 +1,161 @@
+"""What a criterion may look at: the layers of one group, and what images told about them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from evosearch.errors import ConfigError
+from evosearch.pruning.cutting import CuttingPlan
+from evosearch.pruning.proposals import Norm
+from evosearch.pruning.statistics import units_of
+from evosearch.pruning.table import Group
+
+__all__ = ["COUPLINGS", "Consumer", "Coupling", "Evidence", "GroupView", "group_views"]
+
+FloatArray = NDArray[np.float64]
+Coupling = Literal["mean", "max", "sum"]
+COUPLINGS: tuple[str, ...] = get_args(Coupling)
+
+_ByLayer = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What images told about a network: per kind and layer `(n, width)`, a row an image or batch.
+
+    Args:
+        read: Of what consumers read, by unit of their input.
+        written: Of what producers and norms write, by output channel.
+    """
+
+    read: _ByLayer = field(default_factory=dict)
+    written: _ByLayer = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A layer that reads the group.
+
+    Args:
+        weight: `(out, n_units, rest)` float64, all of the layer's input channels.
+        gram: `(n_units, n_units)` float64 second moments of its input, or None.
+        columns: `(n_channels,)` the units that are the group's channels, in channel order.
+    """
+
+    weight: Tensor
+    gram: Tensor | None
+    columns: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GroupView:
+    """Everything a criterion may look at.
+
+    Args:
+        group: Names and sizes.
+        producers: Per producing layer `(n_channels, fan_in)` float64: its filters.
+        scales: Per batch norm of the group `(n_channels,)` float64: gamma.
+        consumers: The layers that read the group.
+        evidence: Per kind, for each layer that it was collected from `(n, n_channels)` float64;
+            only of the kinds that a requested criterion needs.
+        coupling: How scores of coupled layers become one.
+    """
+
+    group: Group
+    producers: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+    consumers: tuple[Consumer, ...]
+    evidence: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    coupling: Coupling = "mean"
+
+    def combine(self, scores: Iterable[Tensor]) -> Tensor:
+        """One score per channel from one `(n_channels,)` per coupled layer."""
+        stacked = torch.stack(list(scores))
+        if self.coupling == "max":
+            return stacked.amax(dim=0)
+        return stacked.sum(dim=0) if self.coupling == "sum" else stacked.mean(dim=0)
+
+    def seen(self, kind: str) -> tuple[Tensor, ...]:
+        """What was collected under a kind: per layer `(n, n_channels)`.
+
+        Raises:
+            ConfigError: It was not: the criterion does not name it among its needs.
+        """
+        if not self.evidence.get(kind):
+            raise ConfigError(
+                f"group {self.group.name}: there is no {kind!r}; a criterion that reads it must "
+                "name it in its needs"
+            )
+        return self.evidence[kind]
+
+
+_NOTHING = Evidence()
+
+
+def _places(sources: NDArray[np.int64], first: int, n: int) -> Tensor:
+    """Indices of an axis that are channels `first` to `first + n - 1`, in channel order."""
+    inside = np.flatnonzero((sources >= first) & (sources < first + n))
+    return torch.from_numpy(inside[np.argsort(sources[inside], kind="stable")])
+
+
+def group_views(
+    module: nn.Module,
+    plan: CuttingPlan,
+    grams: Mapping[str, FloatArray] | None = None,
+    evidence: Evidence = _NOTHING,
+    coupling: Coupling = "mean",
+) -> list[GroupView]:
+    """Views of all groups, in the order of the table.
+
+    Args:
+        module: The dense network.
+        plan: Its groups.
+        grams: By consumer, from `gram_matrices`.
+        evidence: From `collect`.
+        coupling: See GroupView.
+    """
+    table = plan.table
+    layers = dict(module.named_modules())
+    cuts = {entry.name: entry for entry in plan.cuts}
+    views = []
+    for group, first in zip(table.groups, map(int, table.offsets), strict=True):
+        places: dict[str, Tensor] = {}
+        producers, scales, consumers = [], [], []
+        for entry in plan.cuts:
+            layer = layers[entry.name]
+            if isinstance(layer, Norm) and layer.affine and entry.out_axis is not None:
+                found = _places(table.axes[entry.out_axis].sources, first, group.channels)
+                if len(found) == group.channels:
+                    places[entry.name] = found
+                    scales.append(layer.weight.detach().double()[found])
+        for name in group.producers:
+            out_axis = cuts[name].out_axis
+            assert out_axis is not None  # noqa: S101  producers are cut along their outputs
+            weight = layers[name].weight.detach().double()
+            places[name] = _places(table.axes[out_axis].sources, first, group.channels)
+            producers.append(weight[places[name]].flatten(1))
+        columns: dict[str, Tensor] = {}
+        for name in group.consumers:
+            in_axis = cuts[name].in_axis
+            assert in_axis is not None  # noqa: S101  consumers are cut along their inputs
+            units = units_of(table.axes[in_axis])
+            weight = layers[name].weight.detach().double()
+            gram = None if grams is None else torch.from_numpy(np.array(grams[name]))
+            columns[name] = _places(units.sources, first, group.channels)
+            consumers.append(Consumer(units.gather(weight), gram, columns[name]))
+        seen = {
+            kind: tuple(
+                by_layer[name][:, where] for name, where in side.items() if name in by_layer
+            )
+            for kinds, side in ((evidence.read, columns), (evidence.written, places))
+            for kind, by_layer in kinds.items()
+        }
+        views.append(
+            GroupView(group, tuple(producers), tuple(scales), tuple(consumers), seen, coupling)
+        )
+    return views
