@@ -288,6 +288,35 @@ def _tell_fidelity(finished: "Fidelity") -> None:
 
 
 @app.command()
+def criteria(
+    recipe: RecipeName,
+    settings: Settings = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the correlations into this file")] = None,
+    group: Annotated[str | None, typer.Option(help="This group's clusters and panel")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+) -> None:
+    """Show which criteria rank the channels of a network alike, group by group.
+
+    Example: evosearch criteria quickstart --png criteria.png --group layer3.0.conv1
+    """
+    import json
+
+    from evosearch.comparing import compare, comparison_lines, comparison_record, write_heatmap
+
+    if png is not None and png.suffix != ".png":
+        raise ConfigError(f"--png {png} must end with .png")
+    found = compare(_recipe(recipe, settings))
+    if as_json:
+        typer.echo(json.dumps(comparison_record(found, group), indent=2))
+    else:
+        for line in comparison_lines(found, group):
+            typer.echo(line)
+    if png is not None:
+        write_heatmap(found, png, group)
+        typer.echo(f"wrote {png}", err=True)
+
+
+@app.command()
 def train(
     network: Annotated[str, typer.Argument(help="A name, module:factory or file.py:factory")],
     data: Annotated[str, typer.Argument(help="Name of a data set, or an .npz file")],
@@ -370,7 +399,7 @@ def list_names(
     if what not in LISTS:
         raise ConfigError(f"nothing to list under {what!r}; there are {', '.join(LISTS)}")
     for name, title in LISTS[what]().items():
-        typer.echo(f"{name:18s} {title}")
+        typer.echo(f"{name:24s} {title}")
 
 
 @app.callback()

@@ -1,16 +1,17 @@
 """Pictures of a run. The only module that imports matplotlib."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evosearch.fidelity.statistics import Finding
 from evosearch.measurement import Status
 from evosearch.results.front import Results, Row
 from evosearch.scoring.objectives import COSTS
 
-__all__ = ["plot_fidelity", "plot_front"]
+__all__ = ["plot_correlations", "plot_fidelity", "plot_front"]
 
 _LABELS = {
     "error": "top-1 error on validation images",
@@ -127,4 +128,34 @@ def plot_fidelity(findings: Sequence[Finding], ceiling: float | None, path: Path
     axes.set_ylabel("Kendall's tau against fine-tuning, 95% interval")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", frameon=False, fontsize=7)
+    figure.savefig(path, dpi=150, metadata={"Software": "evosearch"})
+
+
+def plot_correlations(
+    names: Sequence[str], panels: Mapping[str, NDArray[np.float64]], path: Path
+) -> None:
+    """Draws matrices of rank correlations side by side.
+
+    Args:
+        names: Of rows and columns.
+        panels: By title `(n, n)` numbers from -1 to 1.
+        path: A PNG; written in place.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    side = 1.8 + 0.38 * len(names)
+    figure = Figure(figsize=(side * len(panels) + 0.8, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (title, values) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        image = axes.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
+        axes.set_title(title)
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names if number == 0 else [])
+        for row, column in np.ndindex(values.shape):
+            value = round(float(values[row, column]), 1) + 0.0  # no minus before zero
+            color = "white" if abs(value) > 0.6 else "black"
+            axes.text(column, row, f"{value:.1f}", ha="center", va="center", size=6, color=color)
+    figure.colorbar(image, ax=figure.axes, shrink=0.7, label="Spearman's rank correlation")
     figure.savefig(path, dpi=150, metadata={"Software": "evosearch"})

@@ -47,7 +47,10 @@ SETTINGS = [
     ("search.algorithm=annealing", r"search.algorithm: no 'annealing'; there are de, nsga2"),
     ("search.algorithm=de", r"de takes one objective, got 2; .* use nsga2"),
     ("search.options={cr=0.5}", r"search.options.cr: unknown for nsga2; it has crossover_eta"),
-    ("space.name=hyperbolic", r"space.name: no search space 'hyperbolic'; there are layer-sp"),
+    (
+        "space.name=hyperbolic",
+        r"space.name: no search space 'hyperbolic'; there are criterion-blend, lay",
+    ),
     ("space.sparsty=[0.0, 0.5]", r"space.sparsty: unknown key; did you mean 'sparsity'"),
     ("space.sparsity=[0.9, 0.1]", r"the lower bound 0.9 exceeds the upper bound 0.1"),
     ("space.project_onto={macs=0.001}", r"project_onto.macs = 0.001 is out of reach: .* 0\.\d+ to"),
@@ -90,7 +93,9 @@ def test_nothing_is_left_behind_by_a_refused_launch(
 
 
 def test_an_unknown_recipe_lists_the_known_ones(refused: Callable[..., str]) -> None:
-    assert "one of quickstart" in refused("launch", "slowstart")
+    said = refused("launch", "slowstart")
+    assert "neither a file nor one of blend-resnet20-cifar10, " in said
+    assert "quickstart" in said
 
 
 def test_broken_toml_names_the_line(refused: Callable[..., str], tmp_path: Path) -> None:

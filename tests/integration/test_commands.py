@@ -14,7 +14,9 @@ import torch
 import evosearch
 from tests.integration.conftest import Cli
 
-COMMANDS = ["launch", "resume", "status", "export", "profile", "fidelity", "train", "list"]
+COMMANDS = [
+    *("launch", "resume", "status", "export", "profile", "criteria", "fidelity", "train", "list"),
+]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
