@@ -371,7 +371,7 @@ def test_outputs_that_are_not_finite_are_a_failure_that_names_the_metrics(
     measurement = scorer.score(HALF)
     assert measurement.status is Status.FAILED
     assert measurement.reason is not None
-    assert "the pruned network's loss, divergence is not finite" in measurement.reason
+    assert "the pruned network's loss, margin, divergence is not finite" in measurement.reason
 
 
 @pytest.mark.parametrize(
