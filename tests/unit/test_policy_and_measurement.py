@@ -155,7 +155,7 @@ def test_ok_measurement_with_a_number_that_is_none_is_refused(name: str, value: 
 
 
 def test_ok_measurement_names_all_metrics_that_it_lacks() -> None:
-    with pytest.raises(ValueError, match=r"bad: \['loss', 'divergence'\]"):
+    with pytest.raises(ValueError, match=r"bad: \['loss', 'margin', 'divergence'\]"):
         Measurement(policy=POLICY, status=Status.OK, metrics={"error": 0.5})
 
 
