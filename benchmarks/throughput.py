@@ -57,7 +57,7 @@ OURS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "ours, fast": (
         CALIBRATION,
         256,
-        {"name": "compensated", "criterion": "residual-energy", "recalibration_images": 128},
+        {"name": "reconstructed", "criterion": "residual-energy", "reconstruction_images": 128},
     ),
 }
 
@@ -89,7 +89,6 @@ def start_rival(folder: Path, calibration: Images, validation: Images) -> None:
     )
 
 
-@torch.no_grad()
 def hand_written(ratios: list[float]) -> tuple[float, float, float]:
     """Error, share of MACs and seconds of one candidate, as a user's objective would get them."""
     import torch_pruning as tp
@@ -108,20 +107,21 @@ def hand_written(ratios: list[float]) -> tuple[float, float, float]:
         + [model.conv1],
     )
     pruner.step()
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.reset_running_stats()
-            norm.momentum = None
-    model.train()
-    for batch in _rival["calibration"].split(128):
-        model(batch)
-    model.eval()
-    correct = sum(
-        int((model(batch).argmax(1) == labels).sum())
-        for batch, labels in zip(
-            _rival["validation"].split(128), _rival["labels"].split(128), strict=True
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.reset_running_stats()
+                norm.momentum = None
+        model.train()
+        for batch in _rival["calibration"].split(128):
+            model(batch)
+        model.eval()
+        correct = sum(
+            int((model(batch).argmax(1) == labels).sum())
+            for batch, labels in zip(
+                _rival["validation"].split(128), _rival["labels"].split(128), strict=True
+            )
         )
-    )
     macs, _ = tp.utils.count_ops_and_params(model, _rival["example"])
     error = 1 - correct / len(_rival["labels"])
     return error, float(macs), time.perf_counter() - start

@@ -117,7 +117,7 @@ class SearchRecipe(_Table):
 class ProxyRecipe(_Table):
     """`[proxy]`: how a policy is scored."""
 
-    name: str = "compensated"
+    name: str = "reconstructed"
     """See `evosearch list proxies`."""
     criterion: str = "residual-energy"
     """Which channels go first: `evosearch list criteria`, or your own as `module:function`."""

@@ -305,12 +305,7 @@ class Reconstructor:
             centre, wish = rows.mean(0), wanted.mean(0)
         rows = rows - centre
         residual = (wanted - wish) - rows @ before.T
-        gram = (rows.T @ rows).double()
-        load = self._ridge * gram.diagonal().mean() + _LEAST_VARIANCE
-        gram.diagonal().add_(load)
-        factor = torch.linalg.cholesky(gram)
-        step = torch.cholesky_solve((rows.T @ residual).double(), factor).T.float()
-        weight = before + step
+        weight = before + self._step(rows, residual)
         bias = None if layer.bias is None else wish - weight @ centre
         weight = weight.reshape(layer.weight.shape)
         layer.weight.data = weight.to(
@@ -320,6 +315,25 @@ class Reconstructor:
         if bias is not None:
             layer.bias.data = bias.to(layer.bias.dtype)
         self._solved.append((fit.name, weight, bias, False))
+
+    def _step(self, rows: Tensor, residual: Tensor) -> Tensor:
+        """`(n_outputs, fan_in)` float32 change of the weight."""
+        # In the precision of the forward pass: the inputs had no more digits, the product takes
+        # half of all time, and what is solved for is a correction that the load keeps small.
+        low = rows.to(self._fast.dtype)
+        gram = (low.T @ low).float()
+        wish = (low.T @ residual.to(low.dtype)).float()
+        load = self._ridge * gram.diagonal().mean() + _LEAST_VARIANCE
+        loaded = gram + load * torch.eye(len(gram), device=gram.device)
+        factor, failed = torch.linalg.cholesky_ex(loaded)
+        if failed:  # too light a load for so few digits
+            exact = (rows.T @ rows).double()
+            exact.diagonal().add_(float(load))
+            solution = torch.cholesky_solve(
+                (rows.T @ residual).double(), torch.linalg.cholesky(exact)
+            )
+            return solution.T.float()
+        return torch.cholesky_solve(wish, factor).T
 
     def _adjust(self, fit: _Fit, x: Tensor) -> Tensor:
         """A scale and a shift per channel, by least squares."""

@@ -77,7 +77,7 @@ def test_defaults_need_a_network_only() -> None:
     found = recipe()
     assert (found.search.algorithm, found.search.population) == ("nsga2", 32)
     assert found.search.objectives == ["error", "macs"]
-    assert (found.proxy.name, found.proxy.criterion) == ("compensated", "residual-energy")
+    assert (found.proxy.name, found.proxy.criterion) == ("reconstructed", "residual-energy")
     assert found.space == {"name": "layer-sparsity"}
     assert found.data.name == "cifar10-sample"
 
