@@ -38,6 +38,8 @@ FACTS: dict[str, Any] = {
     "evaluations": 3,
     "state": "running",
 }
+# What is known now is more than what must be recorded.
+NOW = {**FACTS, "criteria": None}
 
 
 @pytest.mark.parametrize("missing", list(FACTS))
@@ -95,21 +97,21 @@ def test_another_network_is_told_apart(tmp_path: Path, change: dict[str, Any], w
         recorded = read_facts(ledger)
     (key,) = change
     with pytest.raises(ConfigMismatch, match=rf"{what} changed since .*\({key}: .* then, .* now"):
-        check_same(recorded, {**FACTS, **change}, tmp_path)
+        check_same(recorded, {**NOW, **change}, tmp_path)
 
 
 def test_rounding_of_another_machine_is_the_same_network(tmp_path: Path) -> None:
     with Ledger.create(tmp_path, FACTS) as ledger:
         recorded = read_facts(ledger)
     worst = {**FACTS["worst"], "divergence": 2.0 + 1e-6}
-    now = {**FACTS, "dense_error": 0.101, "worst": worst, "outputs": [[5.0, -3.0], [0.5, 1e-5]]}
+    now = {**NOW, "dense_error": 0.101, "worst": worst, "outputs": [[5.0, -3.0], [0.5, 1e-5]]}
     check_same(recorded, now, tmp_path)
 
 
 def test_a_mismatch_names_the_libraries_that_changed(tmp_path: Path) -> None:
     with Ledger.create(tmp_path, FACTS) as ledger:
         recorded = read_facts(ledger)
-    now = {**FACTS, "weights": "ee", "versions": {"torch": "2.12.0", "numpy": "2.0.0"}}
+    now = {**NOW, "weights": "ee", "versions": {"torch": "2.12.0", "numpy": "2.0.0"}}
     with pytest.raises(ConfigMismatch, match=re.escape("libraries: torch 2.11.0 then, 2.12.0 now")):
         check_same(recorded, now, tmp_path)
 

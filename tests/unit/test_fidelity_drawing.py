@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from evosearch.errors import BudgetUnreachable, ConfigError
 from evosearch.fidelity.drawing import Band, draw, elite
 from evosearch.ledger import Ledger, Member
-from evosearch.measurement import Measurement, Status
+from evosearch.measurement import METRICS, Measurement, Status
 from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
 from evosearch.recipe import Recipe
@@ -103,7 +103,7 @@ def run_with(folder: Path, populations: list[list[Policy]]) -> Ledger:
         for policy in policies:
             if policy not in known:
                 # The more MACs the better, so that every policy is on the front.
-                metrics = {"error": 1 / sum(policy.keep), "loss": 1.0, "divergence": 1.0}
+                metrics = {**dict.fromkeys(METRICS, 1.0), "error": 1 / sum(policy.keep)}
                 ledger.record(Measurement(policy=policy, status=Status.OK, metrics=metrics), 0.0)
         known |= set(policies)
         members = [Member(policy=policy, rank=0, crowding=1.0) for policy in policies]
