@@ -212,6 +212,33 @@ class _Fit:
     out_axis: int | None
 
 
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """What least squares found for a folded layer.
+
+    Args:
+        name: Of the layer.
+        weight: `(out, in, ...)`.
+        bias: `(out,)`.
+        mean, variance: `(out,)` of what the weight alone makes of the images.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    mean: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Scaled:
+    """A scale and a shift per channel, `(out,)` each, behind a folded layer."""
+
+    name: str
+    scale: Tensor
+    shift: Tensor
+
+
 class Reconstructor:
     """Fits cut networks, one after another.
 
@@ -246,7 +273,7 @@ class Reconstructor:
         device = next(dense.parameters()).device
         self._keep = np.ones(0, dtype=np.bool_)
         self._pending: dict[int, tuple[_Fit, Tensor, Tensor]] = {}
-        self._solved: list[tuple[str, Tensor, Tensor | None, bool]] = []
+        self._solved: list[_Fitted | _Scaled] = []
         for name, target in targets.items():
             layer: Any = layers[name]
             entry = cuts.get(name)
@@ -305,16 +332,18 @@ class Reconstructor:
             centre, wish = rows.mean(0), wanted.mean(0)
         rows = rows - centre
         residual = (wanted - wish) - rows @ before.T
-        weight = before + self._step(rows, residual)
-        bias = None if layer.bias is None else wish - weight @ centre
-        weight = weight.reshape(layer.weight.shape)
+        flat = before + self._step(rows, residual)
+        bias = None if layer.bias is None else wish - flat @ centre
+        weight = flat.reshape(layer.weight.shape)
         layer.weight.data = weight.to(
             layer.weight.dtype,
             memory_format=torch.channels_last if weight.ndim == 4 else torch.contiguous_format,
         )
         if bias is not None:
             layer.bias.data = bias.to(layer.bias.dtype)
-        self._solved.append((fit.name, weight, bias, False))
+        mean = flat @ centre
+        variance = (rows @ flat.T).square().mean(0)
+        self._solved.append(_Fitted(fit.name, weight, bias, mean, variance))
 
     def _step(self, rows: Tensor, residual: Tensor) -> Tensor:
         """`(n_outputs, fan_in)` float32 change of the weight."""
@@ -347,7 +376,7 @@ class Reconstructor:
         load = self._ridge * variance.mean() + _LEAST_VARIANCE
         scale = ((found * (wanted - wish)).mean(0) + load) / (variance + load)
         shift = wish - scale * centre
-        self._solved.append((fit.name, scale, shift, True))
+        self._solved.append(_Scaled(fit.name, scale, shift))
         shape = (-1, *[1] * (output.ndim - 2))
         return output.mul_(scale.view(shape).to(output.dtype)).add_(
             shift.view(shape).to(output.dtype)
@@ -358,8 +387,7 @@ class Reconstructor:
         """Fits a cut network in place.
 
         Args:
-            network: The working copy, cut to `keep`; batch norms that are fitted through become
-                plain biases.
+            network: The working copy, cut to `keep`.
             keep: `(n_channels + 1,)` boolean by flat channel number, as given to the cutter.
             images: `(n, channels, height, width)`, those of the targets, in the forward's dtype.
         """
@@ -373,37 +401,52 @@ class Reconstructor:
             names = ", ".join(fit.name for fit, _, _ in self._pending.values())
             raise NetworkError(f"{names}: the output was added in the dense network and is not now")
         layers = dict(network.named_modules())
-        for name, weight, bias, scales in self._solved:
-            norm = layers[self._norm_of[name]] if name in self._norm_of else None
-            _write(layers[name], norm, weight, bias, scales=scales)
+        for solved in self._solved:
+            norm_name = self._norm_of.get(solved.name)
+            norm = None if norm_name is None else layers[norm_name]
+            if isinstance(solved, _Scaled):
+                _write_scaled(layers[solved.name], norm, solved)
+            elif norm is None:
+                layers[solved.name].weight.copy_(solved.weight)
+                if solved.bias is not None:
+                    layers[solved.name].bias.copy_(solved.bias)
+            else:
+                _write_fitted(layers[solved.name], norm, solved)
 
 
-def _write(layer: Any, norm: Any, weight: Tensor, bias: Any, *, scales: bool) -> None:
-    """Puts fitted weights, or scales and shifts, of a folded layer into a plain one."""
-    if scales:
-        if norm is not None and norm.affine:
-            norm.weight.mul_(weight)
-            norm.bias.mul_(weight).add_(bias)
-            return
-        if norm is None:
-            layer.weight.mul_(weight.view(-1, *[1] * (layer.weight.ndim - 1)))
-            layer.bias.mul_(weight).add_(bias)
-        return
-    layer.weight.copy_(weight)
-    if norm is None:
-        if bias is not None:
-            layer.bias.copy_(bias)
-        return
-    # What the norm did is in the weight now: it is left with the shift.
-    norm.running_mean.zero_()
-    norm.running_var.fill_(1 - norm.eps)
-    if norm.affine:
-        norm.weight.fill_(1.0)
-        norm.bias.copy_(bias)
-    else:
-        norm.running_mean.copy_(bias).neg_()
+def _write_scaled(layer: Any, norm: Any, solved: _Scaled) -> None:
+    """Puts scales and shifts of a folded layer into a plain one."""
+    if norm is not None and norm.affine:
+        norm.weight.mul_(solved.scale)
+        norm.bias.mul_(solved.scale).add_(solved.shift)
+    elif norm is None:
+        layer.weight.mul_(solved.scale.view(-1, *[1] * (layer.weight.ndim - 1)))
+        layer.bias.mul_(solved.scale).add_(solved.shift)
+
+
+def _write_fitted(layer: Any, norm: Any, solved: _Fitted) -> None:
+    """Undoes the folding: batch norm gets the statistics that the fitted layer's outputs have.
+
+    The network then computes the same in training mode, with statistics of the batch, and can be
+    fine-tuned as any other. Filters keep the lengths they had, as learning rates suit those.
+    """
+    assert solved.bias is not None  # noqa: S101  folded layers have one
     if layer.bias is not None:
         layer.bias.zero_()
+    if not norm.affine:
+        # Nothing else could undo a normalisation.
+        layer.weight.copy_(solved.weight)
+        norm.running_var.fill_(1 - norm.eps)
+        norm.running_mean.copy_(solved.bias).neg_()
+        return
+    before, after = (w.flatten(1).norm(dim=1) for w in (layer.weight, solved.weight))
+    length = torch.where((before > 0) & (after > 0), before / after, torch.ones_like(after))
+    shape = (-1, *[1] * (layer.weight.ndim - 1))
+    layer.weight.copy_(solved.weight * length.view(shape))
+    norm.running_mean.copy_(solved.mean * length)
+    norm.running_var.copy_(solved.variance * length.square())
+    norm.weight.copy_(torch.sqrt(norm.running_var + norm.eps) / length)
+    norm.bias.copy_(solved.bias + solved.mean)
 
 
 def _patches(x: Tensor, layer: Any, positions: NDArray[np.int64] | None) -> Tensor:

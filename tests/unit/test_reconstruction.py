@@ -186,3 +186,34 @@ def test_linear_networks_are_fitted_too() -> None:
         reconstructor(network, plan, images, 1e-3).reconstruct(cutter.cut(keep), keep, images)
         found = cutter.network(images)
     assert (found - wanted).square().mean() < 0.5 * (raw - wanted).square().mean()
+
+
+def test_fitted_network_can_be_trained_as_it_is() -> None:
+    network = load_network(NetworkSpec(name="resnet20", weights="shipped:resnet20-cifar10"))
+    plan = trace(network)
+    source = open_source("cifar10-sample")
+    images = network.normalise(source.training().take(np.arange(128)).pixels)
+    keep = np.append(np.arange(int(plan.table.channels.sum())) % 2 == 0, True)
+    cutter = Cutter(plan, network.module)
+    reconstructor(network, plan, images, 0.1).reconstruct(cutter.cut(keep), keep, images)
+    others = network.normalise(source.training().take(np.arange(128, 256)).pixels)
+    with torch.inference_mode():
+        measured = cutter.network.eval()(others)
+        dense = network.module(others)
+        in_training = cutter.network.train()(others)
+        dense_in_training = copy.deepcopy(network.module).train()(others)
+    # Statistics of a batch change outputs, but no more than those of any network.
+    change = float((in_training - measured).square().mean() / measured.square().mean())
+    usual = float((dense_in_training - dense).square().mean() / dense.square().mean())
+    assert change < 3 * usual
+    lengths = {
+        name: layer.weight.detach().flatten(1).norm(dim=1)
+        for name, layer in cutter.cut(keep).named_modules()
+        if isinstance(layer, nn.Conv2d)
+    }
+    reconstructor(network, plan, images, 0.1).reconstruct(cutter.network, keep, images)
+    for name, layer in cutter.network.named_modules():
+        if name in lengths:
+            torch.testing.assert_close(
+                layer.weight.detach().flatten(1).norm(dim=1), lengths[name], rtol=1e-4, atol=1e-5
+            )
