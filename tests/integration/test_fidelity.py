@@ -22,6 +22,8 @@ def study(recipe: str, *more: str, out: str = "study", truth: str = TRUTH) -> li
     return [
         *("fidelity", recipe, "--policies", "6", "--truth", truth, "--out", out),
         *("--proxies", "raw,recalibrated-l1,compensated", *more),
+        # A network that has learned nothing is not worth being fitted to.
+        *("--set", "proxy.name=compensated"),
     ]
 
 
