@@ -7,11 +7,11 @@ training, which flatters all methods alike); test images are opened once, for th
 chosen policies of `reconstructed` rows are prepared once more with as many calibration images as
 `--final` says; the others with the images of the search, and with as many for recalibration.
 
-    python benchmarks/one_shot.py [--data FOLDER] [--evaluations 120]
+    python benchmarks/one_shot.py [--data FOLDER] [--evaluations 72]
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from evosearch.run import launch
 from evosearch.scoring.pool import PoolSettings, make_pool
 from evosearch.scoring.workload import prepare_workload
 
+Key = tuple[str, float]
 SHARES = (0.7, 0.5, 0.3)
 GOAL_SHARE, GOAL = 0.5, 91.5
 
@@ -102,86 +103,98 @@ def searched(
 
 
 def on_test(
-    assembled: Assembled, policy: Policy, calibration: Images, test: Images, final: int
-) -> dict[str, float]:
-    """Metrics on test images of a policy, prepared with more calibration images."""
+    assembled: Assembled,
+    policies: list[Policy],
+    calibration: Images,
+    test: Images,
+    final: int,
+    workers: int,
+) -> dict[Policy, dict[str, float]]:
+    """Metrics on test images of policies, prepared with more calibration images."""
     workload = assembled.workload
     settings = replace(workload.settings, reconstruction_images=final)
     pool = make_pool(
         prepare_workload(workload.network(), workload.plan, settings, calibration, test),
-        PoolSettings(workers=0),
+        PoolSettings(workers=workers),
     )
     landed: list[Measurement] = []
-    pool.score([policy], landed.append, lambda: False)
-    if not landed[0].ok:
-        raise SystemExit(f"{policy.digest}: {landed[0].reason}")
-    return dict(landed[0].metrics)
+    pool.score(list(dict.fromkeys(policies)), landed.append, lambda: False)
+    pool.close()
+    failed = [f"{m.policy.digest}: {m.reason}" for m in landed if not m.ok]
+    if failed:
+        raise SystemExit("; ".join(failed))
+    return {m.policy: dict(m.metrics) for m in landed}
+
+
+def choose(
+    common: Mapping[str, Any], recipe: Path, shares: Sequence[float]
+) -> dict[Key, tuple[Policy, float | None]]:
+    """Per method and budget its policy, and the divergence it was chosen by."""
+    chosen: dict[Key, tuple[Policy, float | None]] = {}
+    for share in shares:
+        for index, (method, (proxy, search)) in enumerate(METHODS.items()):
+            if search is None:
+                assembled = assemble(load_recipe(str(recipe), (), {**common, **proxy}))
+                chosen[method, share] = uniform(assembled, share), None
+            else:
+                run = recipe.parent / f"run-{share}-{index}"
+                chosen[method, share] = searched({**common, **proxy, **search}, recipe, run, share)
+                print(f"{share:.0%} {method}: {chosen[method, share][1]:.4f}", flush=True)
+    return chosen
 
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--evaluations", type=int, default=120)
-    made.add_argument("--final", type=int, default=2048, help="calibration images in the end")
+    made.add_argument("--evaluations", type=int, default=72)
+    made.add_argument("--final", type=int, default=1024, help="calibration images in the end")
     made.add_argument("--shares", type=float, nargs="*", default=SHARES)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--workers", type=int, default=2)
     options = made.parse_args()
     torch.set_num_threads(1)
     train, test = (images(options.data, f"cifar10_{part}") for part in ("train", "test"))
-    rows, records = [], []
+    records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        np.savez(folder / "train.npz", images=train.pixels, labels=train.labels)
-        recipe = folder / "one_shot.toml"
+        np.savez(Path(name) / "train.npz", images=train.pixels, labels=train.labels)
+        recipe = Path(name) / "one_shot.toml"
         recipe.write_text(RECIPE)
         common = {
             "network.weights": str(options.data / "weights" / "resnet56_cifar10.pt"),
-            "data.name": str(folder / "train.npz"),
+            "data.name": str(Path(name) / "train.npz"),
             "search.evaluations": options.evaluations,
             "search.seed": options.seed,
             "run.workers": options.workers,
         }
-        for share in options.shares:
-            for index, (method, (proxy, search)) in enumerate(METHODS.items()):
-                assembled = assemble(load_recipe(str(recipe), (), {**common, **proxy}))
-                chosen = train.take(np.arange(options.final))
-                calibration = as_trained(chosen, assembled.workload.network(), 0)
-                if search is None:
-                    policy, seen = uniform(assembled, share), None
-                else:
-                    run = folder / f"run-{share}-{index}"
-                    policy, seen = searched({**common, **proxy, **search}, recipe, run, share)
-                found = on_test(assembled, policy, calibration, test, options.final)
-                table = assembled.workload.plan.table
-                macs = int(table.costs_of([policy])[0][0]) / table.dense_costs[0]
-                top1 = 100 * (1 - found["error"])
-                print(f"{share:.0%} {method}: {top1:.2f} at {macs:.3f} of MACs", flush=True)
-                rows.append(
-                    [
-                        f"{share:.0%}",
-                        method,
-                        f"{macs:.3f}",
-                        0 if search is None else options.evaluations,
-                        f"{top1:.2f}",
-                        f"{found['divergence']:.3f}",
-                        "" if seen is None else f"{seen:.3f}",
-                    ]
-                )
-                records.append(
-                    {
-                        "share": share,
-                        "method": method,
-                        "macs": macs,
-                        "test_top1": top1,
-                        "test_divergence": found["divergence"],
-                        "validation_divergence": seen,
-                        "policy": list(policy.keep),
-                    }
-                )
+        chosen = choose(common, recipe, options.shares)
+        for proxy in (L1, COMPENSATED, RECONSTRUCTED):
+            assembled = assemble(load_recipe(str(recipe), (), {**common, **proxy}))
+            more = train.take(np.arange(options.final))
+            calibration = as_trained(more, assembled.workload.network(), 0)
+            mine = {key: value for key, value in chosen.items() if METHODS[key[0]][0] is proxy}
+            policies = [policy for policy, _ in mine.values()]
+            metrics = on_test(
+                assembled, policies, calibration, test, options.final, options.workers
+            )
+            table = assembled.workload.plan.table
+            records += [
+                {
+                    "share": share,
+                    "method": method,
+                    "macs": int(table.costs_of([policy])[0][0]) / table.dense_costs[0],
+                    "evaluations": 0 if METHODS[method][1] is None else options.evaluations,
+                    "test_top1": 100 * (1 - metrics[policy]["error"]),
+                    "test_divergence": metrics[policy]["divergence"],
+                    "validation_divergence": seen,
+                    "policy": list(policy.keep),
+                }
+                for (method, share), (policy, seen) in mine.items()
+            ]
+    records.sort(key=lambda record: -record["share"])
+    columns = ("method", "macs", "evaluations", "test_top1", "test_divergence")
     show(
         "ResNet-56 without training",
-        ["budget", "method", "MACs", "evaluations", "test top-1", "KL test", "KL validation"],
-        rows,
+        ["budget", "method", "MACs", "evaluations", "test top-1", "KL on test"],
+        [[f"{r['share']:.0%}", *(r[column] for column in columns)] for r in records],
     )
     at_goal = [r["test_top1"] for r in records if r["share"] == GOAL_SHARE]
     if at_goal:
