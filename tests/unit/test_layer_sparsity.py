@@ -256,7 +256,7 @@ def test_space_registers_by_name() -> None:
 
 
 def test_unknown_space_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"no search space 'layers'; there are layer-sparsity"):
+    with pytest.raises(ConfigError, match=r"no search space 'layers'; there are criterion-blend, layer-sparsity"):
         make_space("layers", chain_table(), {})
 
 
