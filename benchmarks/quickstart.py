@@ -3,8 +3,9 @@
 The quickstart's recipe with three seeds and several algorithms, each with the same number of
 evaluations: the shipped one, NSGA-II and GDE3, with uniform ratios as half of their first
 population, random search without, and the ladder of uniform ratios. Hypervolume on the validation
-images that the search saw, and on the 2,000 test images of the sample, which nothing but this report
-opens: there, every policy of the validation front is measured again. Mean and range over seeds.
+images that the search saw, and on the 2,000 test images of the sample, which nothing but this
+report opens: there, every policy of the validation front is measured again. Mean and range over
+seeds.
 
     python benchmarks/quickstart.py [--evaluations 120] [--seeds 3]
 """
