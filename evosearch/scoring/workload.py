@@ -151,9 +151,29 @@ def settled_precision(wish: str, *, gpu: bool = False) -> str:
 
 
 def _dense_logits(network: Network, layout: Layout, precision: str, images: list[Tensor]) -> Tensor:
+    fast = _dense_copy(network, layout, precision)
+    return logits(fast.module, images, fast.dtype)
+
+
+def _dense_copy(network: Network, layout: Layout, precision: str) -> FastCopy:
     fast = FastCopy(network.module, layout, DTYPES[precision])
     fast.update(network.module)
-    return logits(fast.module, images, fast.dtype)
+    return fast
+
+
+def _check_outputs(dense: NDArray[np.float32], validation: Images) -> None:
+    """Checks that the dense network's outputs are numbers, one for each class of the images.
+
+    Raises:
+        NetworkError: They are not.
+    """
+    if not np.isfinite(dense).all():
+        raise NetworkError("the dense network's outputs are not finite; check its weights")
+    if validation.labels.max() >= dense.shape[1]:
+        raise NetworkError(
+            f"the network has {dense.shape[1]} classes, but a validation image has the label "
+            f"{validation.labels.max()}; set network.num_classes"
+        )
 
 
 def _check_rounding(
@@ -230,13 +250,7 @@ def prepare_workload(
         shown = list(batches(network, validation, size))
         outputs = _dense_logits(network, layout, "float32", shown)
         dense = outputs.numpy()
-        if not np.isfinite(dense).all():
-            raise NetworkError("the dense network's outputs are not finite; check its weights")
-        if validation.labels.max() >= dense.shape[1]:
-            raise NetworkError(
-                f"the network has {dense.shape[1]} classes, but a validation image has the label "
-                f"{validation.labels.max()}; set network.num_classes"
-            )
+        _check_outputs(dense, validation)
         rounding = 0.0
         if settings.precision != "float32":
             rounding = _check_rounding(network, layout, settings.precision, shown, outputs)
@@ -251,8 +265,7 @@ def prepare_workload(
         targets: Mapping[str, Target] = {}
         if proxy.needs_targets:
             first = calibration.pixels[: settings.reconstruction_images]
-            fast = FastCopy(network.module, layout, torch.float32)
-            fast.update(network.module)
+            fast = _dense_copy(network, layout, "float32")
             targets = targets_of(fast, network.normalise(first), TARGET_POSITIONS)
         teacher = np.empty((0, dense.shape[1]), dtype=np.float32)
         if proxy.needs_teacher:
