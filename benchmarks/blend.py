@@ -7,10 +7,11 @@ there; test images are opened for the report, without training and after a commo
     single, by validation   every criterion at uniform ratios; the one of least divergence
     single, by oracle       likewise, but the one of best test top-1: what no one can choose
     average of all          one blend of all criteria in equal parts, uniform ratios
-    random blends           random genomes of the blend space, uniform ratios
-    evolved blend           differential evolution from the pure criteria, uniform ratios
+    random blends           random blends for the whole network, uniform ratios
+    evolved, network        differential evolution from the pure criteria: one blend for all groups
+    evolved, layers         likewise, a blend per group
     evolved sparsities      the criterion `by validation`, a ratio per group: a control
-    evolved both            blend and ratios in one genome
+    evolved both            one blend for all groups and a ratio per group, in one genome
 
 Mean and 95% interval over seeds (Student's t). Expect little at mild ratios: norm criteria are near
 copies, so gains come from crossing families.
@@ -24,7 +25,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement
 from evosearch.networks import Network
 from evosearch.policy import Policy
+from evosearch.pruning.blending import cluster_groups
 from evosearch.recipe import Recipe, load_recipe
 from evosearch.scoring.pool import Pool, make_pool
 from evosearch.scoring.scorer import Scorer
@@ -92,6 +94,13 @@ class Bench:
         given = {**options, "project_onto": {"macs": budget}}
         return make_space("criterion-blend", table, given, facts)
 
+    def shared_by(self, sharing: Literal["layer", "network"]) -> CriteriaFacts:
+        """The criteria, clustered for groups that share a blend."""
+        assert self.workload.blends is not None  # noqa: S101  see above
+        table, scores = self.workload.plan.table, self.workload.blends.scores
+        clusters = cluster_groups(self.facts.names, scores, table, None, table.units(sharing))
+        return replace(self.facts, clusters=clusters)
+
     def measure(self, policies: Sequence[Policy]) -> list[Measurement]:
         """Measures policies by the proxy."""
         landed: dict[Policy, Measurement] = {}
@@ -138,7 +147,7 @@ class Bench:
             Search(space, algorithm, scoring, ledger).run(self.evaluations)
             landed = [e.measurement for e in ledger.entries(SEARCH) if e.measurement]
         result = found(method, budget, seed, landed)
-        print(f"{budget:.0%} {method}, seed {seed}: divergence {result.divergence:.4f}")
+        print(f"{budget:.0%} {method}, seed {seed}: divergence {result.divergence:.4f}", flush=True)
         return result
 
 
@@ -202,13 +211,16 @@ def all_methods(bench: Bench, budget: float, seeds: int, judge: Judge) -> list[F
         bench.average(budget, chosen.policy.keep),
     ]
     one = replace(bench.facts, names=(best,), clusters=(((best,),),) * len(chosen.policy.keep))
-    blend = bench.space(budget, bench.facts, **UNIFORM)
+    everywhere = bench.shared_by("network")
+    shared = bench.space(budget, everywhere, **UNIFORM, blending="network")
+    layers = bench.space(budget, bench.shared_by("layer"), **UNIFORM, blending="layer")
     ratios = bench.space(budget, one, sparsity=[0.0, 0.95])
-    both = bench.space(budget, bench.facts, sparsity=[0.0, 0.95])
+    both = bench.space(budget, everywhere, sparsity=[0.0, 0.95], blending="network")
     for seed in range(seeds):
         results += [
-            bench.search("random blends", budget, seed, blend, "random"),
-            bench.search("evolved blend", budget, seed, blend, "de"),
+            bench.search("random blends", budget, seed, shared, "random"),
+            bench.search("evolved, network", budget, seed, shared, "de"),
+            bench.search("evolved, layers", budget, seed, layers, "de"),
             bench.search("evolved sparsities", budget, seed, ratios, "de"),
             bench.search("evolved both", budget, seed, both, "de"),
         ]
@@ -254,10 +266,10 @@ def main() -> None:
     made.add_argument("--recipe", default="blend-resnet20-cifar10")
     made.add_argument("--set", action="append", default=[], help="change the recipe")
     made.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.3])
-    made.add_argument("--evaluations", type=int, default=320)
+    made.add_argument("--evaluations", type=int, default=200)
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--workers", type=int, default=0)
-    made.add_argument("--tune-epochs", type=int, default=4)
+    made.add_argument("--tune-epochs", type=int, default=2)
     made.add_argument("--tune-images", type=int, default=10_000)
     made.add_argument("--quick", action="store_true", help="a smoke test of two minutes")
     options = made.parse_args()
@@ -273,7 +285,12 @@ def main() -> None:
     bench = Bench(assembled, options.evaluations)
     training, test = image_sets(options, recipe)
     settings = TrainSettings(
-        epochs=options.tune_epochs, batch_size=64, lr=0.01, warmup_epochs=0.0, threads=1
+        epochs=options.tune_epochs,
+        batch_size=64,
+        lr=0.01,
+        warmup_epochs=0.0,
+        precision=assembled.recipe.proxy.precision,
+        threads=1,
     )
     network = assembled.workload.network()
     judge = Judge(Scorer(assembled.workload), network, training, test, settings)
@@ -283,6 +300,7 @@ def main() -> None:
         results = all_methods(bench, budget, options.seeds, judge)
         for method in dict.fromkeys(result.method for result in results):
             mine = [told(result, judge) for result in results if result.method == method]
+            print(f"{budget:.0%} {method}: {[round(r['test_top1'], 2) for r in mine]}", flush=True)
             records += mine
             rows.append(
                 [

@@ -42,12 +42,13 @@ from numpy.typing import NDArray
 
 from evosearch.assembly import Assembled, algorithm_of, assemble
 from evosearch.ledger import Ledger
-from evosearch.measurement import Measurement, Status
+from evosearch.measurement import METRICS, Measurement, Status
 from evosearch.policy import Policy
 from evosearch.recipe import load_recipe
 from evosearch.run import resume
 from evosearch.scoring.dispatch import Dispatcher, Record, Stop, Transport
 from evosearch.scoring.pool import PoolSettings, RayPool, RayTransport
+from evosearch.scoring.racing import NO_RACES, Race, Races
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.simulation import Fate, RealClock, SimulatedCluster
 from evosearch.search import Scoring, Search
@@ -225,11 +226,11 @@ class Sleeper:
     async def ready(self) -> None:
         """Returns once it has started."""
 
-    async def score(self, policy: Policy) -> Measurement:
+    async def score(self, policy: Policy, _race: Race | None = None) -> Measurement:
         """Sleeps for the first count, in milliseconds."""
         seconds = policy.keep[0] / 1e3
         await asyncio.sleep(seconds)
-        metrics = {"error": 0.1, "loss": 0.1, "divergence": 0.1}
+        metrics = dict.fromkeys(METRICS, 0.1)
         return Measurement(policy=policy, status=Status.OK, metrics=metrics, seconds=seconds)
 
 
@@ -280,10 +281,12 @@ class Cluster:
     def __post_init__(self) -> None:
         self._dispatcher = Dispatcher(self.transport, TIMEOUT_S)
 
-    def score(self, policies: Sequence[Policy], record: Record, stop: Stop) -> None:
+    def score(
+        self, policies: Sequence[Policy], record: Record, stop: Stop, races: Races = NO_RACES
+    ) -> None:
         """See Pool."""
         self.generations.append([self.seconds(policy) for policy in policies])
-        self._dispatcher.score(policies, record, stop)
+        self._dispatcher.score(policies, record, stop, races)
 
     def walls(self) -> dict[str, float]:
         """Seconds that the same candidates take a driver without costs.
@@ -337,7 +340,7 @@ class Translated:
         self.slept_s += waited if waited > 1e-3 else 0.0
         return done
 
-    def submit(self, worker: int, policy: Policy) -> Any:
+    def submit(self, worker: int, policy: Policy, _race: Race | None = None) -> Any:
         """See Transport."""
         handle = self._transport.submit(worker, Policy((round(1e3 * self._seconds(policy)),)))
         self._policies[handle] = policy
@@ -448,7 +451,7 @@ def grow(assembled: Assembled, run: Path, n: int) -> dict[str, Any]:
     process = psutil.Process()
     samples: list[tuple[int, float]] = []
 
-    def score(policies: Sequence[Policy], record: Record, _stop: Stop) -> None:
+    def score(policies: Sequence[Policy], record: Record, _stop: Stop, _races: Races) -> None:
         for policy in policies:
             record(formula(policy, 0.5))
 

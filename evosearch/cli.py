@@ -54,7 +54,7 @@ class Progress:
     def landed(self, track: str, measurement: "Measurement", count: int, budget: int) -> None:
         """A measurement landed."""
         now = self._clock()
-        if not measurement.ok:
+        if measurement.failed:
             self.phase(f"{measurement.policy.digest} {measurement.status}: {measurement.reason}")
         if now - self._last > 5 or count == budget:
             self._last = now

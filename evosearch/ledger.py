@@ -36,7 +36,7 @@ from evosearch.policy import Policy
 
 __all__ = ["SCHEMA_VERSION", "Entry", "Ledger", "Member", "RunLock", "lock_holder"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _APPLICATION_ID = 0x45564F53  # "EVOS"
 _FILE, _LOCK = "ledger.sqlite", "lock"
 _LOCK_TRIES, _LOCK_PAUSE_S = 20, 0.02
@@ -52,12 +52,16 @@ CREATE TABLE policies (
 ) STRICT;
 CREATE TABLE measurements (
     landed INTEGER PRIMARY KEY,
-    digest TEXT NOT NULL UNIQUE REFERENCES policies,
+    digest TEXT NOT NULL REFERENCES policies,
+    raced INTEGER NOT NULL,
     status TEXT NOT NULL,
     metrics TEXT NOT NULL,
+    images INTEGER,
     seconds REAL NOT NULL,
     reason TEXT,
-    finished_at REAL NOT NULL
+    blocks BLOB NOT NULL,
+    finished_at REAL NOT NULL,
+    UNIQUE (digest, raced)
 ) STRICT;
 CREATE TABLE asks (
     track TEXT NOT NULL,
@@ -75,6 +79,30 @@ CREATE TABLE population (
     PRIMARY KEY (generation, position)
 ) STRICT, WITHOUT ROWID;
 """
+
+
+_MEASURED = "status, metrics, images, seconds, reason, blocks"
+
+
+def _measurement(
+    policy: Policy,
+    status: str,
+    metrics: str,
+    images: int | None,
+    seconds: float,
+    reason: str | None,
+    blocks: bytes,
+) -> Measurement:
+    """From the columns of _MEASURED."""
+    return Measurement(
+        policy=policy,
+        status=Status(status),
+        metrics=json.loads(metrics),
+        images=images,
+        seconds=seconds,
+        reason=reason,
+        blocks=blocks,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,17 +386,24 @@ class Ledger:
         )
         return [digest for (digest,) in rows]
 
-    def record(self, measurement: Measurement, finished_at: float) -> None:
-        """Records a measurement of an asked policy; it must be the first of that policy."""
+    def record(self, measurement: Measurement, finished_at: float, *, raced: bool = False) -> None:
+        """Records a measurement of an asked policy; it must be the first of that policy.
+
+        What was measured in a race, and might have been dropped, is kept apart from what was not:
+        a policy may have one of each.
+        """
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO measurements VALUES (NULL, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO measurements VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     measurement.policy.digest,
+                    raced,
                     measurement.status.value,
                     json.dumps(dict(measurement.metrics), sort_keys=True),
+                    measurement.images,
                     measurement.seconds,
                     measurement.reason,
+                    measurement.blocks,
                     finished_at,
                 ),
             )
@@ -384,52 +419,38 @@ class Ledger:
                 ],
             )
 
-    def known(self, policies: Sequence[Policy]) -> dict[str, Measurement]:
+    def known(self, policies: Sequence[Policy], *, raced: bool = False) -> dict[str, Measurement]:
         """What is known about some policies, by digest."""
         by_digest = {policy.digest: policy for policy in policies}
         rows = self._rows(
-            "SELECT digest, status, metrics, seconds, reason FROM measurements "
-            "WHERE digest IN (SELECT value FROM json_each(?))",
-            (json.dumps(list(by_digest)),),
+            f"SELECT digest, {_MEASURED} FROM measurements "
+            "WHERE raced = ? AND digest IN (SELECT value FROM json_each(?))",
+            (raced, json.dumps(list(by_digest))),
         )
         with _decoding(self.path):
-            return {
-                digest: Measurement(
-                    policy=by_digest[digest],
-                    status=Status(status),
-                    metrics=json.loads(metrics),
-                    seconds=seconds,
-                    reason=reason,
-                )
-                for digest, status, metrics, seconds, reason in rows
-            }
+            return {digest: _measurement(by_digest[digest], *rest) for digest, *rest in rows}
 
     def generations(self) -> int:
         """How many populations are recorded; they are numbered from 0, without gaps."""
         ((last,),) = self._rows("SELECT COALESCE(MAX(generation), -1) FROM population")
         return int(last) + 1
 
-    def measurements(self) -> dict[str, Measurement]:
+    def measurements(self, *, raced: bool = False) -> dict[str, Measurement]:
         """All measurements by digest, in the order in which they landed."""
         rows = self._rows(
-            "SELECT digest, policy, status, metrics, seconds, reason FROM measurements "
-            "JOIN policies USING (digest) ORDER BY landed"
+            f"SELECT digest, policy, {_MEASURED} FROM measurements "
+            "JOIN policies USING (digest) WHERE raced = ? ORDER BY landed",
+            (raced,),
         )
         with _decoding(self.path):
             return {
-                digest: Measurement(
-                    policy=Policy.from_json(policy),
-                    status=Status(status),
-                    metrics=json.loads(metrics),
-                    seconds=seconds,
-                    reason=reason,
-                )
-                for digest, policy, status, metrics, seconds, reason in rows
+                digest: _measurement(Policy.from_json(policy), *rest)
+                for digest, policy, *rest in rows
             }
 
-    def entries(self, track: str) -> list[Entry]:
+    def entries(self, track: str, *, raced: bool = False) -> list[Entry]:
         """Distinct policies asked on a track, in the order of their first ask."""
-        known = self.measurements()
+        known = self.measurements(raced=raced)
         rows = self._rows(
             "SELECT digest, policy, macs, params, MIN(generation * 1000000 + position) AS first "
             "FROM asks JOIN policies USING (digest) WHERE track = ? GROUP BY digest ORDER BY first",
@@ -461,12 +482,12 @@ class Ledger:
                 for policy, rank, crowding in rows
             ]
 
-    def progress(self, track: str) -> dict[str, Any]:
+    def progress(self, track: str, *, raced: bool = False) -> dict[str, Any]:
         """Counts for `status`: measurements by status, generations, seconds."""
         by_status = self._rows(
             "SELECT status, COUNT(*), SUM(seconds) FROM measurements WHERE digest IN "
-            "(SELECT digest FROM asks WHERE track = ?) GROUP BY status",
-            (track,),
+            "(SELECT digest FROM asks WHERE track = ?) AND raced = ? GROUP BY status",
+            (track, raced),
         )
         ((generations,),) = self._rows("SELECT COUNT(DISTINCT generation) FROM population")
         ((first, last),) = self._rows("SELECT MIN(finished_at), MAX(finished_at) FROM measurements")

@@ -1,4 +1,4 @@
-"""What came back for a policy: metrics, or the reason why there are none."""
+"""What came back for a policy: metrics, estimates of them, or the reason why there are none."""
 
 import enum
 import math
@@ -21,6 +21,7 @@ class Status(enum.StrEnum):
     """How scoring ended."""
 
     OK = "ok"
+    DROPPED = "dropped"
     FAILED = "failed"
     TIMEOUT = "timeout"
     OUT_OF_MEMORY = "out-of-memory"
@@ -31,12 +32,17 @@ class Status(enum.StrEnum):
 class Measurement:
     """The result of scoring one policy. Either all metrics are there and finite, or a reason is.
 
+    One that was dropped has both: estimates, and why they are no more than that.
+
     Args:
         policy: What was scored.
         status: How it ended.
-        metrics: Values of METRICS, lower is better; empty unless the status is OK.
+        metrics: Values of METRICS, lower is better; empty if it failed.
         seconds: Time that scoring took, for planning; never part of a result.
-        reason: Why there are no metrics, for people.
+        reason: Why there are no metrics, or only estimates, for people.
+        images: Validation images that it has seen; None if it failed.
+        blocks: `(n_blocks, len(METRICS))` float32 means over blocks of images, as bytes, for those
+            who race against it; empty where nobody does.
 
     Raises:
         ValueError: The fields contradict each other.
@@ -47,16 +53,28 @@ class Measurement:
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     reason: str | None = None
+    images: int | None = None
+    blocks: bytes = b""
 
     def __post_init__(self) -> None:
-        if self.status is Status.OK:
+        if self.status in (Status.OK, Status.DROPPED):
             bad = [name for name in METRICS if not math.isfinite(self.metrics.get(name, math.nan))]
             if bad:
-                raise ValueError(f"an OK measurement has finite {', '.join(METRICS)}; bad: {bad}")
-        elif self.metrics or not self.reason:
-            raise ValueError(f"a {self.status} measurement has a reason and no metrics")
+                raise ValueError(
+                    f"a measurement that is {self.status} has finite {', '.join(METRICS)}; "
+                    f"bad: {bad}"
+                )
+        elif self.metrics:
+            raise ValueError(f"a {self.status} measurement has no metrics")
+        if self.status is not Status.OK and not self.reason:
+            raise ValueError(f"a {self.status} measurement has a reason")
 
     @property
     def ok(self) -> bool:
-        """Whether there are metrics."""
+        """Whether there are metrics, of all validation images."""
         return self.status is Status.OK
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is nothing but a reason."""
+        return self.status not in (Status.OK, Status.DROPPED)

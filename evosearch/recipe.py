@@ -110,6 +110,8 @@ class SearchRecipe(_Table):
     """Share of the first population that uniform ratios may fill."""
     baseline: Annotated[int, Field(ge=0)] = 32
     """Uniform ratios measured beside the search, for comparison; 0 for none."""
+    racing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Chance that a candidate which nothing dominates is dropped early; 0 shows it all images."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the algorithm."""
 

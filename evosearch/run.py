@@ -241,6 +241,7 @@ def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Obse
             worst=facts.worst,
             score=pool.score,
             stop=stop,
+            racing=assembled.recipe.search.racing,
         )
         outcome = _search(assembled, ledger, scoring, observer, facts)
         if outcome.finished and assembled.recipe.search.baseline and outcome.evaluations:

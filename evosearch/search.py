@@ -18,6 +18,7 @@ from evosearch.measurement import Measurement
 from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
 from evosearch.scoring.objectives import Goals
+from evosearch.scoring.racing import Bar, Race, Races
 from evosearch.space import SearchSpace
 
 __all__ = ["BASELINE", "SEARCH", "Outcome", "Scoring", "Search"]
@@ -31,7 +32,7 @@ _FAILED_VIOLATION, _MAX_VIOLATION = 1e9, 1e6
 _STALLED_ASKS = 200
 
 FloatArray = NDArray[np.float64]
-Score = Callable[[Sequence[Policy], Callable[[Measurement], None], Callable[[], bool]], None]
+Score = Callable[[Sequence[Policy], Callable[[Measurement], None], Callable[[], bool], Races], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,8 @@ class Scoring:
         score: Scores unknown policies; see `Pool.score`.
         stop: Whether to end early.
         clock: Time stamp of landings.
+        racing: Chance that a candidate is dropped early which nothing known dominates; 0 shows all
+            validation images to everyone. Concerns the search alone, not the ladder beside it.
     """
 
     table: GroupTable
@@ -68,6 +71,7 @@ class Scoring:
     score: Score
     stop: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.time
+    racing: float = 0.0
 
 
 class Search:
@@ -97,6 +101,8 @@ class Search:
         # Of the current generation only: what a search holds must not grow with what it has done.
         self._known: dict[str, Measurement] = {}
         self._paid: set[str] = set()
+        racing = scoring.racing if track == SEARCH else 0.0
+        self._bar = Bar(scoring.goals, racing) if racing else None
         self._recorded_generations = ledger.generations() if track == SEARCH else 0
 
     def run(
@@ -119,13 +125,15 @@ class Search:
             policies = self._space.decode(genomes)
             costs = self._costs(policies)
             self._remember_ask(generation, policies, costs)
-            self._known = self._ledger.known(policies)
+            self._known = self._ledger.known(policies, raced=self._bar is not None)
             before = len(self._paid)
             complete = self._measure(policies, costs, evaluations, on_landing)
             if not complete:
                 stopped = len(self._paid) < evaluations
                 return self._outcome(not stopped, "stopped" if stopped else "the budget is spent")
-            self._algorithm.tell(*self._answers(policies, costs))
+            objectives, violations = self._answers(policies, costs)
+            self._algorithm.tell(objectives, violations)
+            self._raise_bar(policies, objectives, violations)
             self._remember_population(generation)
             generation += 1
             idle_asks = idle_asks + 1 if len(self._paid) == before else 0
@@ -178,7 +186,7 @@ class Search:
         unknown = [policy for policy in within if policy.digest not in self._known]
 
         def record(measurement: Measurement) -> None:
-            self._ledger.record(measurement, self._scoring.clock())
+            self._ledger.record(measurement, self._scoring.clock(), raced=self._bar is not None)
             self._known[measurement.policy.digest] = measurement
             self._paid.add(measurement.policy.digest)
             if on_landing:
@@ -187,8 +195,30 @@ class Search:
         if unknown and not self._scoring.stop():
             # The most expensive first, so that no scorer starts a long one when others are done.
             unknown.sort(key=lambda policy: (-wanted[policy], policy.digest))
-            self._scoring.score(unknown, record, self._scoring.stop)
+            self._scoring.score(
+                unknown, record, self._scoring.stop, self._races(policies, costs, unknown)
+            )
         return len(within) == len(wanted) and all(p.digest in self._known for p in within)
+
+    def _races(
+        self,
+        policies: Sequence[Policy],
+        costs: Sequence[tuple[int, int]],
+        unknown: Sequence[Policy],
+    ) -> dict[Policy, Race]:
+        if self._bar is None:
+            return {}
+        shares = dict(zip(policies, map(self._shares, costs), strict=True))
+        return {policy: self._bar.race(shares[policy]) for policy in unknown}
+
+    def _raise_bar(
+        self, policies: Sequence[Policy], objectives: FloatArray, violations: FloatArray
+    ) -> None:
+        if self._bar is None:
+            return
+        rows = [row for row, policy in enumerate(policies) if policy.digest in self._known]
+        known = [self._known[policies[row].digest] for row in rows]
+        self._bar.raise_by(known, objectives[rows], violations[rows])
 
     def _answers(
         self, policies: Sequence[Policy], costs: Sequence[tuple[int, int]]
@@ -200,7 +230,7 @@ class Search:
             shares = self._shares(cost)
             measurement = self._known.get(policy.digest)
             metrics = measurement.metrics if measurement else {}
-            failed = _FAILED_VIOLATION if measurement and not measurement.ok else 0.0
+            failed = _FAILED_VIOLATION if measurement and measurement.failed else 0.0
             objectives.append(goals.vector({**worst, **shares, **metrics}))
             excess = np.minimum(goals.violations({**shares, **metrics}), _MAX_VIOLATION)
             violations.append([*excess, failed])

@@ -40,6 +40,7 @@ class Records:
 _VALUES = (*METRICS, "macs", "params")
 _TEXT = ("policy", "status", "reason")
 _NUMBERS = (*_VALUES, "violation", "seconds", "crowding")
+_COUNTS = ("images",)
 
 
 def _policy_columns(results: Results) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ def measurement_records(results: Results) -> Records:
     """Every measurement of the search in the order of first asking, failures included."""
     columns = (
         *("policy", "status", "on_front", "violation", *_VALUES, "macs_count", "params_count"),
-        *(*_policy_columns(results), "seconds", "reason"),
+        *(*_policy_columns(results), "images", "seconds", "reason"),
     )
     return Records(
         columns,
@@ -89,6 +90,7 @@ def measurement_records(results: Results) -> Records:
                 "violation": row.violation,
                 **_measured(row),
                 **_kept(results, row.policy),
+                "images": row.images,
                 "seconds": row.seconds,
                 "reason": row.reason,
             }
@@ -137,7 +139,11 @@ def _frame(records: Records) -> "pd.DataFrame":
     frame = pd.DataFrame.from_records(list(records.rows), columns=list(records.columns))
     # A column that happens to be empty in this run keeps the type it has in others.
     text = (*_TEXT, *(name for name in records.columns if name.startswith("blend:")))
-    types = {**dict.fromkeys(text, "str"), **dict.fromkeys(_NUMBERS, "float64")}
+    types = {
+        **dict.fromkeys(text, "str"),
+        **dict.fromkeys(_NUMBERS, "float64"),
+        **dict.fromkeys(_COUNTS, "Int64"),
+    }
     return frame.astype({name: kind for name, kind in types.items() if name in frame})
 
 

@@ -24,12 +24,14 @@ class Row:
     Args:
         policy: What was measured.
         status: How scoring ended.
-        values: Metrics, and `macs` and `params` as shares of dense; only the shares if it failed.
+        values: Metrics, and `macs` and `params` as shares of dense; only the shares if it failed,
+            and estimates of the metrics if it was dropped.
         macs, params: Absolute costs.
         violation: Sum of relative excesses over the constraints; 0 is feasible.
         on_front: Whether no other feasible policy of the search dominates it.
         seconds: Time of scoring.
-        reason: Why it failed.
+        reason: Why it failed, or was dropped.
+        images: Validation images that it has seen; None if it failed.
     """
 
     policy: Policy
@@ -41,6 +43,7 @@ class Row:
     on_front: bool
     seconds: float
     reason: str | None
+    images: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,7 @@ def _rows(entries: Sequence[Entry], goals: Goals, dense: tuple[int, int]) -> tup
             on_front=bool(front[i]),
             seconds=measurement.seconds,
             reason=measurement.reason,
+            images=measurement.images,
         )
         for i, (entry, measurement, values) in enumerate(found)
     )
@@ -170,7 +174,9 @@ def read_results(ledger: Ledger) -> Results:
     dense = (facts.dense_macs, facts.dense_params)
 
     def rows(track: str, budget: int) -> tuple[Row, ...]:
-        return _rows(_paid(ledger.entries(track), goals, dense, budget), goals, dense)
+        raced = track == SEARCH and search.racing > 0
+        entries = ledger.entries(track, raced=raced)
+        return _rows(_paid(entries, goals, dense, budget), goals, dense)
 
     return Results(
         goals=goals,

@@ -65,6 +65,8 @@ def _chosen(rows: tuple[Row, ...], digits: str | None, run: Path) -> Row:
         raise ConfigError(
             f"--policy {digits}: {len(found) or 'no'} measured policies of {run} start like that"
         )
+    if found[0].status is Status.DROPPED:
+        raise ConfigError(f"--policy {digits}: that policy was dropped: {found[0].reason}")
     if found[0].status is not Status.OK:
         raise ConfigError(f"--policy {digits}: that policy failed: {found[0].reason}")
     return found[0]

@@ -60,7 +60,14 @@ def hypervolume_lines(results: Results) -> list[str]:
         lines.append(
             f"uniform baseline   {baseline:.4f}  ({len(results.baseline)} ratios, same proxy)"
         )
-    failed = [row for row in results.rows if row.status is not Status.OK]
+    dropped = [row for row in results.rows if row.status is Status.DROPPED]
+    if dropped:
+        seen = sum(row.images or 0 for row in dropped) / len(dropped)
+        lines.append(
+            f"dropped early      {len(dropped)} of {len(results.rows)}, after {seen:.0f} images on "
+            "average"
+        )
+    failed = [row for row in results.rows if row.status not in (Status.OK, Status.DROPPED)]
     if failed:
         lines.append(f"failed             {len(failed)}, the first: {failed[0].reason}")
     return lines

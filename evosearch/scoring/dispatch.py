@@ -13,6 +13,7 @@ from typing import Protocol
 from evosearch.errors import BackendError, WorkerLost
 from evosearch.measurement import Measurement, Status
 from evosearch.policy import Policy
+from evosearch.scoring.racing import NO_RACES, Race, Races
 
 __all__ = ["Dispatcher", "Record", "Stop", "Transport"]
 
@@ -32,8 +33,8 @@ class Transport(Protocol):
     def workers(self) -> int:
         """How many there are; they are numbered from 0."""
 
-    def submit(self, worker: int, policy: Policy) -> Hashable:
-        """Sends a policy to an idle worker, without waiting."""
+    def submit(self, worker: int, policy: Policy, race: Race | None = None) -> Hashable:
+        """Sends a policy, and its race if it has one, to an idle worker, without waiting."""
 
     def wait(self, handles: Sequence[Hashable], timeout_s: float) -> Sequence[Hashable]:
         """Those that are done: at least one unless time ran out, not necessarily all."""
@@ -91,16 +92,20 @@ class Dispatcher:
         self._idle = deque(range(transport.workers))
         self._starting: dict[Hashable, _Start] = {}
         self._waiting: deque[tuple[Policy, int]] = deque()
+        self._races: Races = {}
         # In the order of dispatch, which is the order of deadlines, too.
         self._flying: dict[Hashable, _Flight] = {}
 
-    def score(self, policies: Sequence[Policy], record: Record, stop: Stop) -> None:
+    def score(
+        self, policies: Sequence[Policy], record: Record, stop: Stop, races: Races = NO_RACES
+    ) -> None:
         """Scores all policies.
 
         Raises:
             BackendError: No worker is left, and none can be started.
         """
         self._waiting = deque((policy, 1) for policy in policies)
+        self._races = races
         self._dispatch(stop)
         while self._flying or (self._waiting and not stop()):
             for handle in self._wait():
@@ -118,7 +123,7 @@ class Dispatcher:
             policy, attempt = self._waiting.popleft()
             worker = self._idle.popleft()
             deadline = self._clock() + self._timeout_s
-            handle = self._transport.submit(worker, policy)
+            handle = self._transport.submit(worker, policy, self._races.get(policy))
             self._flying[handle] = _Flight(
                 policy=policy, worker=worker, attempt=attempt, deadline=deadline
             )

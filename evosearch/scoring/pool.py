@@ -16,6 +16,7 @@ from evosearch.errors import BackendError, ConfigError, WorkerLost
 from evosearch.measurement import Measurement
 from evosearch.policy import Policy
 from evosearch.scoring.dispatch import Dispatcher, Record, Stop
+from evosearch.scoring.racing import NO_RACES, Race, Races
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.workload import Workload
 
@@ -45,7 +46,9 @@ class PoolSettings:
 class Pool(Protocol):
     """Scores policies and reports each measurement the moment it lands."""
 
-    def score(self, policies: Sequence[Policy], record: Record, stop: Stop) -> None:
+    def score(
+        self, policies: Sequence[Policy], record: Record, stop: Stop, races: Races = NO_RACES
+    ) -> None:
         """Scores all policies, the given order being the order of dispatch.
 
         Args:
@@ -53,6 +56,7 @@ class Pool(Protocol):
             record: Called once per policy, in the order of landing.
             stop: Asked before each dispatch; once true, what is in flight is finished and
                 recorded, and the rest is left.
+            races: Who may beat which policy before it has seen all images.
         """
 
     def close(self) -> None:
@@ -65,12 +69,14 @@ class InProcessPool:
     def __init__(self, workload: Workload, device: str = "cpu") -> None:
         self._scorer = Scorer(workload, device)
 
-    def score(self, policies: Sequence[Policy], record: Record, stop: Stop) -> None:
+    def score(
+        self, policies: Sequence[Policy], record: Record, stop: Stop, races: Races = NO_RACES
+    ) -> None:
         """See Pool."""
         for policy in policies:
             if stop():
                 return
-            record(self._scorer.score(policy))
+            record(self._scorer.score(policy, races.get(policy)))
 
     def close(self) -> None:
         """Nothing to free."""
@@ -91,7 +97,7 @@ def _translated() -> Iterator[None]:
 
 
 class RayTransport:
-    """Actors with the methods `ready()` and `score(policy)`; see `Transport`.
+    """Actors with the methods `ready()` and `score(policy, race)`; see `Transport`.
 
     Args:
         start: Starts an actor.
@@ -114,10 +120,10 @@ class RayTransport:
         """References that are there once all actors are."""
         return [actor.ready.remote() for actor in self._actors]
 
-    def submit(self, worker: int, policy: Policy) -> Hashable:
+    def submit(self, worker: int, policy: Policy, race: Race | None = None) -> Hashable:
         """See Transport."""
         with _translated():
-            reference: Hashable = self._actors[worker].score.remote(policy)
+            reference: Hashable = self._actors[worker].score.remote(policy, race)
             return reference
 
     def wait(self, handles: Sequence[Hashable], timeout_s: float) -> Sequence[Hashable]:
@@ -191,9 +197,11 @@ class RayPool:
                     f"{_START_TIMEOUT_S:.0f} s; ask for fewer --workers"
                 ) from exc
 
-    def score(self, policies: Sequence[Policy], record: Record, stop: Stop) -> None:
+    def score(
+        self, policies: Sequence[Policy], record: Record, stop: Stop, races: Races = NO_RACES
+    ) -> None:
         """See Pool."""
-        self._dispatcher.score(policies, record, stop)
+        self._dispatcher.score(policies, record, stop, races)
 
     def close(self) -> None:
         """Stops the scorers, and the cluster if it was started here."""
@@ -268,9 +276,9 @@ def _remote_scorer(ray: Any, settings: PoolSettings) -> Any:
         def ready(self) -> None:
             """Returns once the scorer has been made."""
 
-        def score(self, policy: Policy) -> Measurement:
+        def score(self, policy: Policy, race: Race | None = None) -> Measurement:
             """Measures a policy."""
-            return self._scorer.score(policy)
+            return self._scorer.score(policy, race)
 
     return ray.remote(num_cpus=1, num_gpus=settings.gpus_per_worker)(RemoteScorer)
 

@@ -2,7 +2,8 @@
 
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from evosearch.data import Images
 from evosearch.errors import CandidateOutOfMemory, NetworkError
-from evosearch.measurement import Measurement, Status
+from evosearch.measurement import METRICS, Measurement, Status
 from evosearch.policy import Policy
 from evosearch.pruning.blending import Blends
 from evosearch.pruning.compensation import Compensator
@@ -21,6 +22,7 @@ from evosearch.pruning.folding import FastCopy, Layout
 from evosearch.pruning.proposals import Norm
 from evosearch.pruning.reconstruction import Reconstructor
 from evosearch.scoring.proxies import proxy_named
+from evosearch.scoring.racing import Estimate, Race, block_means, rungs
 from evosearch.scoring.repair import distil, refit_head
 from evosearch.scoring.workload import DTYPES, Workload, batches, logits, single_thread
 
@@ -36,6 +38,24 @@ def _out_of_memory(exc: BaseException) -> bool:
     # On a CPU torch says so in words only.
     said = isinstance(exc, RuntimeError) and "allocate memory" in str(exc)
     return said or isinstance(exc, MemoryError | torch.OutOfMemoryError)
+
+
+def _means(values: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(column.mean()) for name, column in values.items()}
+
+
+def _columns(values: Mapping[str, Tensor]) -> NDArray[np.float64]:
+    """`(n, len(METRICS))`."""
+    return torch.stack([values[name] for name in METRICS], dim=1).numpy()
+
+
+def _dropped(estimate: Estimate) -> dict[str, Any]:
+    return {
+        "status": Status.DROPPED,
+        "metrics": estimate.metrics,
+        "images": estimate.images,
+        "reason": f"worse than {estimate.rival} on its first {estimate.images} images",
+    }
 
 
 class Scorer:
@@ -88,7 +108,8 @@ class Scorer:
         nothing = Blends(names=(), scores=np.empty((0, len(workload.places))))
         self._blends = workload.blends or nothing
         self._proxy = proxy_named(self.settings.name)
-        self._dense_logits = torch.from_numpy(np.array(workload.dense_logits))
+        dense_logits = torch.from_numpy(np.array(workload.dense_logits))
+        self._log_dense = F.log_softmax(dense_logits.double(), dim=1)
         self._labels = torch.from_numpy(np.array(workload.validation.labels))
         self._batch_size = self.settings.batch_size
         self._fitting_images: Tensor | None = None
@@ -190,21 +211,45 @@ class Scorer:
 
     def measure(self) -> dict[str, float]:
         """Metrics of the working copy on the validation images."""
+        return _means(self._per_image(torch.cat(list(self._outputs()))))
+
+    def _outputs(self) -> Iterator[Tensor]:
+        """Logits of the working copy, batch by batch of validation images."""
         fast = self._measured
         fast.update(self._cutter.network)
-        inputs = self._inputs("validation", self._workload.validation)
-        outputs = logits(fast.module, inputs, fast.dtype).double()
-        log_p = F.log_softmax(outputs, dim=1)
+        for batch in self._inputs("validation", self._workload.validation):
+            yield logits(fast.module, [batch], fast.dtype)
+
+    def _per_image(self, outputs: Tensor) -> dict[str, Tensor]:
+        """`(n_seen,)` float64 values of every metric for the first validation images."""
+        n = len(outputs)
+        labels, dense = self._labels[:n, None], self._log_dense[:n]
+        log_p = F.log_softmax(outputs.double(), dim=1)
         p = log_p.exp()
-        right = p.gather(1, self._labels[:, None]).squeeze(1)
-        wrong = p.scatter(1, self._labels[:, None], -1.0).amax(1)
-        log_dense = F.log_softmax(self._dense_logits.double(), dim=1)
+        right = p.gather(1, labels).squeeze(1)
+        wrong = p.scatter(1, labels, -1.0).amax(1)
         return {
-            "error": float((outputs.argmax(1) != self._labels).double().mean()),
-            "loss": float(F.nll_loss(log_p, self._labels)),
-            "margin": float((1 - right + wrong).mean()),
-            "divergence": float((log_dense.exp() * (log_dense - log_p)).sum(1).mean()),
+            "error": (outputs.argmax(1) != self._labels[:n]).double(),
+            "loss": -log_p.gather(1, labels).squeeze(1),
+            "margin": 1 - right + wrong,
+            "divergence": (dense.exp() * (dense - log_p)).sum(1),
         }
+
+    def _measure_in_race(self, race: Race) -> dict[str, Any]:
+        """Fields of the measurement of the working copy, which may be dropped early."""
+        total = len(self._workload.validation)
+        looks = rungs(-(-total // self._batch_size)) if race.rivals else ()
+        seen: list[Tensor] = []
+        for part in self._outputs():
+            seen.append(part)
+            if len(seen) in looks:
+                values = _columns(self._per_image(torch.cat(seen)))
+                estimate = race.verdict(values, total, len(looks))
+                if estimate:
+                    return _dropped(estimate)
+        everything = self._per_image(torch.cat(seen))
+        blocks = block_means(_columns(everything), total).tobytes()
+        return {"metrics": _means(everything), "images": total, "blocks": blocks}
 
     def network_of(self, policy: Policy) -> nn.Module:
         """The pruned network that the metrics of a policy belong to; valid until the next call."""
@@ -212,20 +257,21 @@ class Scorer:
             self._proxy.prepare(self, self.keep(policy))
         return self._cutter.network.eval()
 
-    def score(self, policy: Policy) -> Measurement:
-        """Measures a policy. Never raises: what went wrong is part of the measurement."""
+    def score(self, policy: Policy, race: Race | None = None) -> Measurement:
+        """Measures a policy. Never raises: what went wrong is part of the measurement.
+
+        Args:
+            policy: What to measure.
+            race: Who may beat it before it has seen all images.
+        """
         start = time.perf_counter()
         try:
             try:
-                metrics = self._attempt(policy)
+                found = self._attempt(policy, race)
             except CandidateOutOfMemory:
-                metrics = self._attempt_smaller(policy)
-            return Measurement(
-                policy=policy,
-                status=Status.OK,
-                metrics=metrics,
-                seconds=time.perf_counter() - start,
-            )
+                found = self._attempt_smaller(policy, race)
+            seconds = time.perf_counter() - start
+            return Measurement(policy=policy, **{"status": Status.OK, "seconds": seconds, **found})
         except CandidateOutOfMemory as exc:
             status, reason = Status.OUT_OF_MEMORY, str(exc)
         except Exception as exc:  # noqa: BLE001  the border of a candidate
@@ -235,25 +281,29 @@ class Scorer:
         seconds = time.perf_counter() - start
         return Measurement(policy=policy, status=status, reason=reason, seconds=seconds)
 
-    def _attempt(self, policy: Policy) -> dict[str, float]:
+    def _attempt(self, policy: Policy, race: Race | None) -> dict[str, Any]:
+        found: dict[str, Any]
         try:
             with single_thread():
                 self._proxy.prepare(self, self.keep(policy))
-                metrics = self.measure()
+                if race is None:
+                    found = {"metrics": self.measure(), "images": len(self._labels)}
+                else:
+                    found = self._measure_in_race(race)
         except (MemoryError, RuntimeError) as exc:
             if not _out_of_memory(exc):
                 raise
             raise CandidateOutOfMemory(f"out of memory with batches of {self._batch_size}") from exc
-        bad = [name for name, value in metrics.items() if not np.isfinite(value)]
+        bad = [name for name, value in found["metrics"].items() if not np.isfinite(value)]
         if bad:
             raise FloatingPointError(f"the pruned network's {', '.join(bad)} is not finite")
-        return metrics
+        return found
 
-    def _attempt_smaller(self, policy: Policy) -> dict[str, float]:
+    def _attempt_smaller(self, policy: Policy, race: Race | None) -> dict[str, Any]:
         before, self._batch_size = self._batch_size, max(1, self._batch_size // 2)
         try:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            return self._attempt(policy)
+            return self._attempt(policy, race)
         finally:
             self._batch_size = before

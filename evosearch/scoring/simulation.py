@@ -14,6 +14,7 @@ from typing import Protocol
 from evosearch.errors import WorkerLost
 from evosearch.measurement import Measurement
 from evosearch.policy import Policy
+from evosearch.scoring.racing import Race
 
 __all__ = ["Clock", "Fate", "RealClock", "SimulatedCluster", "VirtualClock"]
 
@@ -126,7 +127,7 @@ class SimulatedCluster:
             heapq.heappush(self._events, (self._clock.now() + seconds, self._handles))
         return self._handles
 
-    def submit(self, worker: int, policy: Policy) -> Hashable:
+    def submit(self, worker: int, policy: Policy, race: Race | None = None) -> Hashable:  # noqa: ARG002
         """See Transport.
 
         Raises:

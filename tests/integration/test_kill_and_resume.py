@@ -40,7 +40,8 @@ def kill_tree(pid: int) -> None:
 
 def landed(run: Path) -> list[tuple[str, str, float]]:
     with Ledger.open(run) as ledger:
-        return [(d, str(m.metrics), m.seconds) for d, m in ledger.measurements().items()]
+        found = [*ledger.measurements(raced=True).items(), *ledger.measurements().items()]
+        return [(digest, str(m.metrics), m.seconds) for digest, m in found]
 
 
 def check(cli: Cli, recipe: str, options: list[str], name: str) -> None:
@@ -69,6 +70,24 @@ def test_killed_search_ends_as_if_never_killed(
     cli: Cli, recipe: Callable[..., str], algorithm: str
 ) -> None:
     check(cli, recipe(), settings(algorithm), algorithm)
+
+
+def test_killed_search_with_races_ends_as_if_never_killed(
+    cli: Cli, recipe: Callable[..., str]
+) -> None:
+    options = ["--set", "search.racing=0.1", "--set", "proxy.batch_size=32"]
+    check(cli, recipe(), [*options, "--set", "data.validation=400"], "races")
+    everything = pd.read_csv(cli.folder / "races-whole-all.csv")
+    lost = everything[everything["status"] == "dropped"]
+    assert len(lost) > 0
+    assert (lost["images"] < 400).all()
+    assert not lost["on_front"].any()
+    assert "dropped early" in cli.run("resume", str(cli.folder / "races-whole")).stdout
+    policy = str(lost["policy"].iloc[0])
+    refused = cli.run(
+        "export", str(cli.folder / "races-whole"), "net.safetensors", "--policy", policy, code=2
+    )
+    assert "was dropped: worse than" in refused.stderr
 
 
 @pytest.mark.ray

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import os
 import signal
@@ -79,13 +80,36 @@ def writing(run: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_measurements_are_read_back_as_they_were(asked: Ledger) -> None:
-    statuses = [status for status in Status if status is not Status.OK]
+    statuses = [s for s in Status if s not in (Status.OK, Status.DROPPED)]
     wanted = [measured(POLICIES[0]), measured(POLICIES[1], math.nextafter(0.1, 1))]
     wanted += [failed(p, s) for p, s in zip(POLICIES[2:], statuses, strict=False)]
     for stamp, measurement in enumerate(wanted):
         asked.record(measurement, float(stamp))
     with Ledger.open(asked.path.parent) as reader:
         assert list(reader.measurements().values()) == wanted
+
+
+def test_raced_measurements_are_kept_apart_and_read_back_as_they_were(asked: Ledger) -> None:
+    full = measured(POLICIES[0])
+    raced = [
+        Measurement(
+            policy=POLICIES[0],
+            status=Status.DROPPED,
+            metrics=full.metrics,
+            images=256,
+            reason="worse than another",
+        ),
+        dataclasses.replace(measured(POLICIES[1]), images=1000, blocks=b"\x00\x01\xff\x00"),
+    ]
+    asked.record(full, 0.0)
+    for measurement in raced:
+        asked.record(measurement, 1.0, raced=True)
+    with Ledger.open(asked.path.parent) as reader:
+        assert list(reader.measurements().values()) == [full]
+        assert list(reader.measurements(raced=True).values()) == raced
+        assert reader.known(POLICIES, raced=True) == {m.policy.digest: m for m in raced}
+        assert [e.measurement for e in reader.entries("search", raced=True)][:2] == raced
+        assert reader.progress("search", raced=True)["by_status"] == {"dropped": 1, "ok": 1}
 
 
 def test_measurements_are_listed_in_the_order_of_landing(asked: Ledger) -> None:

@@ -159,7 +159,9 @@ def test_ok_measurement_names_all_metrics_that_it_lacks() -> None:
         Measurement(policy=POLICY, status=Status.OK, metrics={"error": 0.5})
 
 
-failures = pytest.mark.parametrize("status", [s for s in Status if s is not Status.OK])
+failures = pytest.mark.parametrize(
+    "status", [s for s in Status if s not in (Status.OK, Status.DROPPED)]
+)
 
 
 @failures
@@ -172,17 +174,29 @@ def test_failure_with_a_reason_has_no_metrics(status: Status) -> None:
 @failures
 @pytest.mark.parametrize("reason", [None, ""])
 def test_failure_without_a_reason_is_refused(status: Status, reason: str | None) -> None:
-    with pytest.raises(ValueError, match=rf"a {status} measurement has a reason and no metrics"):
+    with pytest.raises(ValueError, match=rf"a {status} measurement has a reason"):
         Measurement(policy=POLICY, status=status, reason=reason)
 
 
 @failures
 def test_failure_with_metrics_is_refused(status: Status) -> None:
-    with pytest.raises(ValueError, match=rf"a {status} measurement has a reason and no metrics"):
+    with pytest.raises(ValueError, match=rf"a {status} measurement has no metrics"):
         Measurement(policy=POLICY, status=status, metrics=METRIC_VALUES, reason="it burnt")
 
 
+def test_dropped_measurement_has_estimates_and_a_reason() -> None:
+    measurement = Measurement(
+        policy=POLICY, status=Status.DROPPED, metrics=METRIC_VALUES, reason="worse", images=128
+    )
+    assert not measurement.ok
+    assert not measurement.failed
+    with pytest.raises(ValueError, match="finite"):
+        Measurement(policy=POLICY, status=Status.DROPPED, reason="worse")
+    with pytest.raises(ValueError, match="has a reason"):
+        Measurement(policy=POLICY, status=Status.DROPPED, metrics=METRIC_VALUES)
+
+
 def test_status_reads_as_in_the_ledger() -> None:
-    names = ["ok", "failed", "timeout", "out-of-memory", "worker-lost"]
+    names = ["ok", "dropped", "failed", "timeout", "out-of-memory", "worker-lost"]
     assert [str(status) for status in Status] == names
     assert Status("out-of-memory") is Status.OUT_OF_MEMORY

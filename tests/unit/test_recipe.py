@@ -306,6 +306,7 @@ RELEVANT = {
     "search.seed": 3,
     "search.seed_share": 0.3,
     "search.baseline": 3,
+    "search.racing": 0.1,
     "search.options": {"f": 1.0},
     "proxy.name": "raw",
     "proxy.criterion": "l1",

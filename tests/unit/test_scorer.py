@@ -17,13 +17,14 @@ from torch.nn import functional as F
 
 from evosearch.data import Images, open_source
 from evosearch.errors import ConfigError, NetworkError
-from evosearch.measurement import Measurement, Status
+from evosearch.measurement import METRICS, Measurement, Status
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.policy import Policy
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.folding import Layout
 from evosearch.pruning.groups import trace
 from evosearch.scoring.proxies import PROXIES, ProxySettings, proxy_named
+from evosearch.scoring.racing import Race, Rival
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.workload import (
     Workload,
@@ -97,6 +98,57 @@ def same(left: Measurement, right: Measurement) -> bool:
         right.metrics,
         right.reason,
     )
+
+
+# --- races
+
+
+FEW = 16  # blocks are of 32 images, so that 256 of them are 8
+
+
+@pytest.fixture(scope="module")
+def long_workload(dense: tuple[Network, CuttingPlan]) -> Workload:
+    """256 validation images in 16 batches."""
+    source = open_source("cifar10-sample")
+    proxy = ProxySettings(name="compensated", criterion="l1", batch_size=FEW, recalibrate=False)
+    calibration = source.training().take(np.arange(40))
+    return prepare_workload(*dense, proxy, calibration, source.held_out().take(np.arange(256)))
+
+
+def race_of(measurement: Measurement | None) -> Race:
+    rivals = []
+    if measurement:
+        rivals = [Rival(name="rival", metrics=measurement.metrics, blocks=measurement.blocks)]
+    return Race(measured=("divergence",), rivals=tuple(rivals), error_rate=0.05)
+
+
+def test_race_that_is_run_to_its_end_measures_the_same_bits(long_workload: Workload) -> None:
+    scorer = Scorer(long_workload)
+    weak = scorer.score(BARE, race_of(None))
+    alone, raced = scorer.score(HALF), scorer.score(HALF, race_of(weak))
+    assert raced.status is Status.OK
+    assert raced.metrics == alone.metrics
+    assert raced.images == alone.images == 256
+    blocks = np.frombuffer(raced.blocks, dtype=np.float32).reshape(8, len(METRICS))
+    np.testing.assert_allclose(
+        blocks.mean(axis=0), [raced.metrics[name] for name in METRICS], rtol=1e-5
+    )
+
+
+def test_dominated_candidate_is_dropped_early_and_leaves_no_trace(long_workload: Workload) -> None:
+    scorer = Scorer(long_workload)
+    before, strong = scorer.score(HALF), scorer.score(DENSE, race_of(None))
+    lost = scorer.score(BARE, race_of(strong))
+    assert lost.status is Status.DROPPED
+    assert lost.images is not None
+    assert lost.images < 256
+    assert lost.reason == f"worse than rival on its first {lost.images} images"
+    assert lost.metrics["divergence"] > strong.metrics["divergence"]
+    whole = scorer.score(BARE)
+    assert lost.metrics["divergence"] == pytest.approx(whole.metrics["divergence"], rel=0.5)
+    assert same(scorer.score(HALF), before)
+    again = Scorer(long_workload).score(BARE, race_of(strong))
+    assert same(again, lost)
 
 
 # --- what metrics are

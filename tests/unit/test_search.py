@@ -13,10 +13,11 @@ import pytest
 from evosearch.algorithms import ALGORITHMS, AlgorithmSettings, make_algorithm
 from evosearch.errors import ReplayMismatch
 from evosearch.ledger import Entry, Ledger, Member
-from evosearch.measurement import Measurement, Status
+from evosearch.measurement import METRICS, Measurement, Status
 from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
 from evosearch.scoring.objectives import Constraint, Goals
+from evosearch.scoring.racing import Race, Races, block_means
 from evosearch.search import BASELINE, SEARCH, Outcome, Scoring, Search
 from evosearch.testing import chain_table
 from search_spaces.layer_sparsity import LayerSparsity
@@ -36,6 +37,36 @@ def formula(policy: Policy, table: GroupTable = TABLE) -> Measurement:
     return Measurement(policy=policy, status=Status.OK, metrics=metrics, seconds=0.25)
 
 
+N_IMAGES = 640
+
+
+def raced(policy: Policy, race: Race, table: GroupTable = TABLE) -> Measurement:
+    """As `formula`, but of images that differ, and looked at after 64, 128 and 256 of them."""
+    whole = formula(policy, table)
+    if whole.failed:
+        return whole
+    noise = np.random.default_rng(sum(policy.keep)).lognormal(sigma=0.3, size=(N_IMAGES, 4))
+    difficulty = np.random.default_rng(0).lognormal(size=(N_IMAGES, 1))
+    values = whole.metrics["error"] * noise * difficulty
+    for seen in (64, 128, 256):
+        estimate = race.verdict(values[:seen], N_IMAGES, 3)
+        if estimate:
+            return Measurement(
+                policy=policy,
+                status=Status.DROPPED,
+                metrics=estimate.metrics,
+                images=seen,
+                reason=f"worse than {estimate.rival}",
+            )
+    return Measurement(
+        policy=policy,
+        status=Status.OK,
+        metrics=dict(zip(METRICS, values.mean(axis=0).tolist(), strict=True)),
+        images=N_IMAGES,
+        blocks=block_means(values, N_IMAGES).tobytes(),
+    )
+
+
 @dataclass
 class Bench:
     """A search that can be started again and again over one ledger.
@@ -47,6 +78,7 @@ class Bench:
         table: The network.
         scored: Every policy in the order in which it was scored.
         interrupt_at: Counts of measurements at which `stop` becomes true, once each.
+        racing: Error rate of races; those are run on numbers like those of images.
     """
 
     run: Path
@@ -59,6 +91,7 @@ class Bench:
     score: Callable[[Policy], Measurement] = formula
     scored: list[Policy] = field(default_factory=list)
     interrupt_at: list[int] = field(default_factory=list)
+    racing: float = 0.0
     _stopping: bool = False
 
     def _stop(self) -> bool:
@@ -72,12 +105,14 @@ class Bench:
         policies: Sequence[Policy],
         record: Callable[[Measurement], None],
         stop: Callable[[], bool],
+        races: Races,
     ) -> None:
+        assert set(races) == (set(policies) if self.racing else set())
         for policy in policies:
             if stop():
                 return
             self.scored.append(policy)
-            record(self.score(policy))
+            record(raced(policy, races[policy]) if races else self.score(policy))
 
     def search(
         self,
@@ -105,6 +140,7 @@ class Bench:
             score=self._score,
             stop=self._stop,
             clock=lambda: 0.0,
+            racing=self.racing,
         )
         with self.ledger(write=True) as ledger:
             search = Search(space, algorithm, scoring, ledger, self.track)
@@ -119,7 +155,8 @@ class Bench:
 
     def entries(self, track: str | None = None) -> list[Entry]:
         with self.ledger() as ledger:
-            return ledger.entries(track or self.track)
+            track = track or self.track
+            return ledger.entries(track, raced=self.racing > 0 and track == SEARCH)
 
     def asks(self) -> list[list[str]]:
         with self.ledger() as ledger:
@@ -415,3 +452,66 @@ def test_uniform_ladder_ends_when_it_is_out_of_rungs(folder: Path) -> None:
     outcome = bench.search(10_000)
     assert outcome.reason == "the algorithm has nothing more to ask"
     assert bench.measured() == _ladder(10_000)
+
+
+# --- races
+
+
+def dropped(bench: Bench) -> list[Entry]:
+    return [
+        entry
+        for entry in bench.entries()
+        if entry.measurement and entry.measurement.status is Status.DROPPED
+    ]
+
+
+@every_algorithm
+@pytest.mark.parametrize("seed", range(2))
+def test_stopped_search_with_races_ends_as_if_never_stopped(
+    folder: Path, algorithm: str, seed: int
+) -> None:
+    whole, parts = (Bench(folder / name, algorithm, racing=0.1) for name in ("whole", "parts"))
+    stops = np.random.default_rng(seed).choice(np.arange(60), 4, replace=False)
+    parts.interrupt_at = sorted(int(stop) for stop in stops)
+    assert whole.search(80).finished
+    for _ in range(5):
+        parts.search(80)
+    assert parts.story() == whole.story()
+    assert parts.scored == whole.scored
+    # A ladder of uniform ratios is asked for at once: nothing is known that could beat a rung.
+    assert bool(dropped(whole)) == (len(whole.asks()) > 1)
+
+
+def test_whoever_is_dropped_is_dominated_by_what_was_told_before(bench: Bench) -> None:
+    bench.racing = 0.1
+    bench.search(120)
+    entries = [e for e in bench.entries() if e.measurement and not e.measurement.failed]
+    names = {entry.policy.digest: entry for entry in entries}
+    assert len(dropped(bench)) > 20
+    for entry in dropped(bench):
+        assert entry.measurement is not None
+        assert entry.measurement.reason is not None
+        rival = names[entry.measurement.reason.removeprefix("worse than ")]
+        assert rival.measurement is not None
+        assert rival.measurement.ok
+        assert rival.macs <= entry.macs
+        assert rival.measurement.metrics["error"] < entry.measurement.metrics["error"]
+
+
+def test_first_generation_is_shown_everything(bench: Bench) -> None:
+    bench.racing = 0.1
+    bench.search(120)
+    first = set(bench.asks()[0])
+    assert not first & {entry.policy.digest for entry in dropped(bench)}
+
+
+def test_ladder_beside_a_search_with_races_is_measured_in_full(bench: Bench) -> None:
+    bench.racing = 0.1
+    bench.search(120)
+    lost = {entry.policy for entry in dropped(bench)}
+    # Asks again for some that the search asked for, as a ladder may.
+    bench.racing, bench.track = 0.0, BASELINE
+    bench.search(120)
+    again = [e.measurement for e in bench.entries() if e.policy in lost]
+    assert again
+    assert all(found is not None and not found.blocks and found.ok for found in again)
