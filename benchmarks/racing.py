@@ -24,7 +24,7 @@ from common import images, parser, show, write
 
 from evosearch.assembly import assemble
 from evosearch.ledger import Ledger
-from evosearch.measurement import Measurement, Status
+from evosearch.measurement import Measurement, Status, Terms
 from evosearch.recipe import Recipe, load_recipe
 from evosearch.results.front import Results, read_results
 from evosearch.run import launch
@@ -45,7 +45,9 @@ def run(recipe: Recipe, folder: Path) -> tuple[Results, list[Measurement]]:
     """Searches, and returns what was found and all measurements in the order of asking."""
     launch(recipe, folder, Silent())
     with Ledger.open(folder) as ledger:
-        entries = ledger.entries("search", raced=recipe.search.racing > 0)
+        entries = ledger.entries(
+            "search", terms=Terms.RACED if recipe.search.racing else Terms.FULL
+        )
         return read_results(ledger), [e.measurement for e in entries if e.measurement]
 
 

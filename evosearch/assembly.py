@@ -24,6 +24,7 @@ from evosearch.data import (
     ImagePool,
     Images,
     SourceOptions,
+    Subpool,
     augment,
     balanced_subset,
     open_source,
@@ -41,7 +42,12 @@ from evosearch.scoring.devices import check_devices
 from evosearch.scoring.objectives import Constraint, Goals, worst_metrics
 from evosearch.scoring.pool import PoolSettings
 from evosearch.scoring.proxies import ProxySettings, proxy_named
-from evosearch.scoring.workload import Workload, prepare_workload, settled_precision
+from evosearch.scoring.workload import (
+    Workload,
+    dense_error,
+    prepare_workload,
+    settled_precision,
+)
 from evosearch.space import CriteriaFacts, CriteriaWish, SearchSpace, criteria_wish, make_space
 
 # How many are drawn where a recipe says nothing, if there are so many.
@@ -124,7 +130,8 @@ def source_of(recipe: Recipe) -> DataSource:
     return _source(recipe.data, network_spec(recipe.network))
 
 
-def _draw(recipe: DataRecipe, key: str, pool: ImagePool) -> Images:
+def _draw(recipe: DataRecipe, key: str, pool: ImagePool) -> NDArray[np.int64]:
+    """Which images of a pool are used."""
     wanted: int | None = getattr(recipe, key)
     size = min(_IMAGES[key], len(pool.labels)) if wanted is None else wanted
     if not len(pool.labels):
@@ -133,21 +140,54 @@ def _draw(recipe: DataRecipe, key: str, pool: ImagePool) -> Images:
             "data.held_out are for validation (a tenth if left out)"
         )
     try:
-        return pool.take(balanced_subset(pool.labels, size, recipe.seed))
+        return balanced_subset(pool.labels, size, recipe.seed)
     except DataError as exc:
         raise DataError(f"data.{key} = {size}: {exc} in that part of {recipe.name}") from exc
 
 
-def network_and_images(recipe: Recipe) -> tuple[Network, Images, Images]:
-    """The dense network, calibration images as in training, and validation images.
+def _check_images(recipe: DataRecipe, held_out: ImagePool, taken: NDArray[np.int64]) -> Images:
+    """Held-out images beyond those for validation; as many, or what is left."""
+    rest = np.setdiff1d(np.arange(len(held_out.labels)), taken)
+    wanted = recipe.check
+    size = min(len(taken), len(rest)) if wanted is None else wanted
+    if not size:
+        return held_out.take(rest[:0])
+    spare = Subpool(held_out, rest)
+    try:
+        return spare.take(balanced_subset(spare.labels, size, recipe.seed))
+    except DataError as exc:
+        raise DataError(
+            f"data.check = {size}: {exc} in that part of {recipe.name}, besides the {len(taken)} "
+            "for validation"
+        ) from exc
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSets:
+    """The images of a recipe.
+
+    Args:
+        calibration: Of the training part, as training showed them to the network.
+        validation: Of the held-out part: what a search measures on.
+        check: Others of the held-out part, perhaps none.
+    """
+
+    calibration: Images
+    validation: Images
+    check: Images
+
+
+def network_and_images(recipe: Recipe) -> tuple[Network, ImageSets]:
+    """The dense network and its images.
 
     Raises:
         EvosearchError: One cannot be had, or they do not fit together.
     """
     spec = network_spec(recipe.network)
     source = _source(recipe.data, spec)
-    calibration = _draw(recipe.data, "calibration", source.training())
-    validation = _draw(recipe.data, "validation", source.held_out())
+    training, held_out = source.training(), source.held_out()
+    calibration = training.take(_draw(recipe.data, "calibration", training))
+    chosen = _draw(recipe.data, "validation", held_out)
     height, width, channels = calibration.pixels.shape[1:]
     network = load_network(spec, (height, width, channels))
     if network.input.shape != (channels, height, width):
@@ -156,7 +196,11 @@ def network_and_images(recipe: Recipe) -> tuple[Network, Images, Images]:
             f"channels), {spec.name} takes {network.input.shape} (channels, height, width); set "
             "network.input_shape or choose other data"
         )
-    return network, as_trained(calibration, network, recipe.data.seed), validation
+    return network, ImageSets(
+        calibration=as_trained(calibration, network, recipe.data.seed),
+        validation=held_out.take(chosen),
+        check=_check_images(recipe.data, held_out, chosen),
+    )
 
 
 def as_trained(calibration: Images, network: Network, seed: int) -> Images:
@@ -180,6 +224,7 @@ class Assembled:
         space: What genomes mean.
         goals: What is minimised.
         workload: What scorers need.
+        check: Images that the search does not see, perhaps none.
         criteria: What the space was told about criteria, if it asked.
     """
 
@@ -187,13 +232,13 @@ class Assembled:
     space: SearchSpace
     goals: Goals
     workload: Workload
+    check: Images
     criteria: CriteriaFacts | None = None
 
     @property
     def dense_error(self) -> float:
         """Top-1 error of the dense network on the validation images."""
-        labels = self.workload.validation.labels
-        return float((self.workload.dense_logits.argmax(axis=1) != labels).mean())
+        return dense_error(self.workload)
 
     def doubts(self) -> list[str]:
         """What is possible but hardly meant, in sentences."""
@@ -227,6 +272,7 @@ class Assembled:
             "images": {
                 "calibration": self.workload.calibration.digest(),
                 "validation": self.workload.validation.digest(),
+                "check": self.check.digest(),
             },
             "weights": _digest(self.workload.state),
             "channel_order": self._order_digest(),
@@ -258,7 +304,7 @@ def assemble(recipe: Recipe) -> Assembled:
         proxy_named(recipe.proxy.name)
     run = recipe.run
     check_devices(run.workers, run.gpus_per_worker, run.ray_address)
-    network, calibration, validation = network_and_images(recipe)
+    network, image_sets = network_and_images(recipe)
     plan = trace(network)
     options = {key: value for key, value in recipe.space.items() if key != "name"}
     wish = criteria_wish(recipe.space["name"], options)
@@ -273,7 +319,7 @@ def assemble(recipe: Recipe) -> Assembled:
     goals.check_reachable(*reachable_costs(space, plan.table))
     # Made here once to refuse a wrong algorithm before anything is measured.
     algorithm_of(recipe, space, goals, plan.table, None)
-    recipe = _settled(recipe, calibration, validation)
+    recipe = _settled(recipe, image_sets)
     proxy = recipe.proxy
     with _naming("proxy.criterion"):
         workload = prepare_workload(
@@ -295,8 +341,8 @@ def assemble(recipe: Recipe) -> Assembled:
                 precision=proxy.precision,
                 batch_size=proxy.batch_size,
             ),
-            calibration,
-            validation,
+            image_sets.calibration,
+            image_sets.validation,
             facts.names if facts else (),
             wish.comparison if wish else "rank",
         )
@@ -312,7 +358,14 @@ def assemble(recipe: Recipe) -> Assembled:
             ),
         )
         space = make_space(recipe.space["name"], plan.table, options, facts)
-    return Assembled(recipe=recipe, space=space, goals=goals, workload=workload, criteria=facts)
+    return Assembled(
+        recipe=recipe,
+        space=space,
+        goals=goals,
+        workload=workload,
+        check=image_sets.check,
+        criteria=facts,
+    )
 
 
 def _unclustered(
@@ -356,11 +409,15 @@ def reachable_costs(
     )
 
 
-def _settled(recipe: Recipe, calibration: Images, validation: Images) -> Recipe:
+def _settled(recipe: Recipe, images: ImageSets) -> Recipe:
     """The recipe with all that it left open written down, so that a run never changes."""
     precision = settled_precision(recipe.proxy.precision, gpu=recipe.run.gpus_per_worker > 0)
     proxy = recipe.proxy.model_copy(update={"precision": precision})
-    sizes = {"calibration": len(calibration), "validation": len(validation)}
+    sizes = {
+        "calibration": len(images.calibration),
+        "validation": len(images.validation),
+        "check": len(images.check),
+    }
     data = recipe.data.model_copy(update=sizes)
     return recipe.model_copy(update={"proxy": proxy, "data": data})
 

@@ -66,7 +66,7 @@ def compare(recipe: Recipe) -> Comparison:
     """
     options = {key: value for key, value in recipe.space.items() if key != "name"}
     wish = criteria_wish(recipe.space["name"], options) or CriteriaWish()
-    network, calibration, _ = network_and_images(recipe)
+    network, images = network_and_images(recipe)
     plan = trace(network)
     names, refused = applicable_criteria(network.module, plan)
     if wish.names:
@@ -74,7 +74,7 @@ def compare(recipe: Recipe) -> Comparison:
     elif recipe.proxy.criterion not in names:
         names = (*names, recipe.proxy.criterion)
     proxy = recipe.proxy
-    samples = samples_of(network, calibration, proxy.batch_size, proxy.labels)
+    samples = samples_of(network, images.calibration, proxy.batch_size, proxy.labels)
     with single_thread():
         scores = channel_scores(network.module, plan, names, samples, coupling=proxy.coupling)
     table = plan.table

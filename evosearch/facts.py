@@ -40,12 +40,14 @@ class RunFacts(BaseModel):
     """Its parameters."""
     dense_error: float
     """Its top-1 error on the validation images."""
+    check_dense_error: float | None = None
+    """Its error on the check images; None until the front is measured there."""
     worst: dict[str, float]
     """Per metric, the value for outputs that say nothing."""
     outputs: tuple[tuple[float, ...], ...]
     """Some of the dense network's outputs, to tell it from others with the same tensors."""
     images: dict[str, str]
-    """Digests of calibration and validation images."""
+    """Digests of calibration, validation and check images."""
     weights: str
     """Digest of the dense network's tensors."""
     channel_order: str

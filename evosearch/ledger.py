@@ -31,7 +31,7 @@ from evosearch.errors import (
     LedgerVersionError,
     RunExists,
 )
-from evosearch.measurement import Measurement, Status
+from evosearch.measurement import Measurement, Status, Terms
 from evosearch.policy import Policy
 
 __all__ = ["SCHEMA_VERSION", "Entry", "Ledger", "Member", "RunLock", "lock_holder"]
@@ -53,7 +53,7 @@ CREATE TABLE policies (
 CREATE TABLE measurements (
     landed INTEGER PRIMARY KEY,
     digest TEXT NOT NULL REFERENCES policies,
-    raced INTEGER NOT NULL,
+    terms TEXT NOT NULL,
     status TEXT NOT NULL,
     metrics TEXT NOT NULL,
     images INTEGER,
@@ -61,7 +61,7 @@ CREATE TABLE measurements (
     reason TEXT,
     blocks BLOB NOT NULL,
     finished_at REAL NOT NULL,
-    UNIQUE (digest, raced)
+    UNIQUE (digest, terms)
 ) STRICT;
 CREATE TABLE asks (
     track TEXT NOT NULL,
@@ -386,18 +386,16 @@ class Ledger:
         )
         return [digest for (digest,) in rows]
 
-    def record(self, measurement: Measurement, finished_at: float, *, raced: bool = False) -> None:
-        """Records a measurement of an asked policy; it must be the first of that policy.
-
-        What was measured in a race, and might have been dropped, is kept apart from what was not:
-        a policy may have one of each.
-        """
+    def record(
+        self, measurement: Measurement, finished_at: float, *, terms: Terms = Terms.FULL
+    ) -> None:
+        """Records a measurement of an asked policy; it must be the first of its kind."""
         with self._transaction() as db:
             db.execute(
                 "INSERT INTO measurements VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     measurement.policy.digest,
-                    raced,
+                    terms.value,
                     measurement.status.value,
                     json.dumps(dict(measurement.metrics), sort_keys=True),
                     measurement.images,
@@ -419,13 +417,15 @@ class Ledger:
                 ],
             )
 
-    def known(self, policies: Sequence[Policy], *, raced: bool = False) -> dict[str, Measurement]:
+    def known(
+        self, policies: Sequence[Policy], *, terms: Terms = Terms.FULL
+    ) -> dict[str, Measurement]:
         """What is known about some policies, by digest."""
         by_digest = {policy.digest: policy for policy in policies}
         rows = self._rows(
             f"SELECT digest, {_MEASURED} FROM measurements "
-            "WHERE raced = ? AND digest IN (SELECT value FROM json_each(?))",
-            (raced, json.dumps(list(by_digest))),
+            "WHERE terms = ? AND digest IN (SELECT value FROM json_each(?))",
+            (terms.value, json.dumps(list(by_digest))),
         )
         with _decoding(self.path):
             return {digest: _measurement(by_digest[digest], *rest) for digest, *rest in rows}
@@ -435,12 +435,12 @@ class Ledger:
         ((last,),) = self._rows("SELECT COALESCE(MAX(generation), -1) FROM population")
         return int(last) + 1
 
-    def measurements(self, *, raced: bool = False) -> dict[str, Measurement]:
+    def measurements(self, *, terms: Terms = Terms.FULL) -> dict[str, Measurement]:
         """All measurements by digest, in the order in which they landed."""
         rows = self._rows(
             f"SELECT digest, policy, {_MEASURED} FROM measurements "
-            "JOIN policies USING (digest) WHERE raced = ? ORDER BY landed",
-            (raced,),
+            "JOIN policies USING (digest) WHERE terms = ? ORDER BY landed",
+            (terms.value,),
         )
         with _decoding(self.path):
             return {
@@ -448,9 +448,9 @@ class Ledger:
                 for digest, policy, *rest in rows
             }
 
-    def entries(self, track: str, *, raced: bool = False) -> list[Entry]:
+    def entries(self, track: str, *, terms: Terms = Terms.FULL) -> list[Entry]:
         """Distinct policies asked on a track, in the order of their first ask."""
-        known = self.measurements(raced=raced)
+        known = self.measurements(terms=terms)
         rows = self._rows(
             "SELECT digest, policy, macs, params, MIN(generation * 1000000 + position) AS first "
             "FROM asks JOIN policies USING (digest) WHERE track = ? GROUP BY digest ORDER BY first",
@@ -482,12 +482,12 @@ class Ledger:
                 for policy, rank, crowding in rows
             ]
 
-    def progress(self, track: str, *, raced: bool = False) -> dict[str, Any]:
+    def progress(self, track: str, *, terms: Terms = Terms.FULL) -> dict[str, Any]:
         """Counts for `status`: measurements by status, generations, seconds."""
         by_status = self._rows(
             "SELECT status, COUNT(*), SUM(seconds) FROM measurements WHERE digest IN "
-            "(SELECT digest FROM asks WHERE track = ?) AND raced = ? GROUP BY status",
-            (track, raced),
+            "(SELECT digest FROM asks WHERE track = ?) AND terms = ? GROUP BY status",
+            (track, terms.value),
         )
         ((generations,),) = self._rows("SELECT COUNT(DISTINCT generation) FROM population")
         ((first, last),) = self._rows("SELECT MIN(finished_at), MAX(finished_at) FROM measurements")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from evosearch.policy import Policy
 
-__all__ = ["METRICS", "Measurement", "Status"]
+__all__ = ["METRICS", "Measurement", "Status", "Terms"]
 
 METRICS: dict[str, str] = {
     "error": "share of validation images whose top-1 class is wrong",
@@ -26,6 +26,17 @@ class Status(enum.StrEnum):
     TIMEOUT = "timeout"
     OUT_OF_MEMORY = "out-of-memory"
     WORKER_LOST = "worker-lost"
+
+
+class Terms(enum.StrEnum):
+    """On what images a policy is measured; of each kind it has one measurement at most."""
+
+    FULL = "full"
+    """All validation images."""
+    RACED = "raced"
+    """Validation images, as long as nothing known is surely better."""
+    CHECK = "check"
+    """Other images, which the search has not seen."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,8 +87,10 @@ class DataRecipe(_Table):
     """Images for batch norm and Gram matrices, from the training part; 1000, or all there are."""
     validation: Count | None = None
     """Images that metrics are measured on, from the held-out part; 2000, or all there are."""
+    check: Annotated[int, Field(ge=0)] | None = None
+    """More of the held-out part, on which the front is measured once more; as many if left out."""
     seed: Seed = 0
-    """Seed of both choices."""
+    """Seed of these choices."""
 
 
 class SearchRecipe(_Table):

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from evosearch.assembly import Assembled, algorithm_of, assemble, pool_settings
+from evosearch.checking import check_front
 from evosearch.errors import BudgetUnreachable, ConfigError, ConfigMismatch, RunExists
 from evosearch.facts import RunFacts, check_same, read_facts
 from evosearch.files import write_atomically
@@ -50,7 +51,7 @@ class Finished:
         directory: The run.
         outcome: Of the search.
         results: What was measured.
-        interrupted: Whether it was stopped before search and uniform ladder were complete.
+        interrupted: Whether it was stopped before all that belongs to a run was complete.
         files: What was written for people.
     """
 
@@ -230,7 +231,7 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Observer) -> Finished:
-    """The search, then the uniform ladder beside it, then the files for people."""
+    """The search, the uniform ladder beside it, the front on other images, files for people."""
     facts = read_facts(ledger)
     stop = StopSignal(observer)
     lazy = _LazyPool(assembled, observer, stop)
@@ -246,6 +247,11 @@ def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Obse
         outcome = _search(assembled, ledger, scoring, observer, facts)
         if outcome.finished and assembled.recipe.search.baseline and outcome.evaluations:
             outcome = _with_baseline(outcome, _baseline(assembled, ledger, scoring, observer))
+        if outcome.finished and outcome.evaluations and len(assembled.check):
+            observer.phase(f"measuring the front on {len(assembled.check)} other images")
+            if not check_front(assembled, ledger, stop):
+                reason = "stopped before the front was measured on other images"
+                outcome = replace(outcome, finished=False, reason=reason)
     ledger.set_meta("state", "finished" if outcome.finished else "interrupted")
     ledger.set_meta("reason", outcome.reason)
     if outcome.finished and not outcome.evaluations:

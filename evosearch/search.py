@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from evosearch.algorithms import Algorithm
 from evosearch.errors import ReplayMismatch
 from evosearch.ledger import Ledger, Member
-from evosearch.measurement import Measurement
+from evosearch.measurement import Measurement, Terms
 from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
 from evosearch.scoring.objectives import Goals
@@ -103,6 +103,7 @@ class Search:
         self._paid: set[str] = set()
         racing = scoring.racing if track == SEARCH else 0.0
         self._bar = Bar(scoring.goals, racing) if racing else None
+        self._terms = Terms.RACED if racing else Terms.FULL
         self._recorded_generations = ledger.generations() if track == SEARCH else 0
 
     def run(
@@ -125,7 +126,7 @@ class Search:
             policies = self._space.decode(genomes)
             costs = self._costs(policies)
             self._remember_ask(generation, policies, costs)
-            self._known = self._ledger.known(policies, raced=self._bar is not None)
+            self._known = self._ledger.known(policies, terms=self._terms)
             before = len(self._paid)
             complete = self._measure(policies, costs, evaluations, on_landing)
             if not complete:
@@ -186,7 +187,7 @@ class Search:
         unknown = [policy for policy in within if policy.digest not in self._known]
 
         def record(measurement: Measurement) -> None:
-            self._ledger.record(measurement, self._scoring.clock(), raced=self._bar is not None)
+            self._ledger.record(measurement, self._scoring.clock(), terms=self._terms)
             self._known[measurement.policy.digest] = measurement
             self._paid.add(measurement.policy.digest)
             if on_landing:

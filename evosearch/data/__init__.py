@@ -3,7 +3,7 @@
 numpy arrays only; turning them into normalised tensors is the network's business.
 """
 
-from evosearch.data.arrays import ImagePool, Images, balanced_subset, held_out_mask
+from evosearch.data.arrays import ImagePool, Images, Subpool, balanced_subset, held_out_mask
 from evosearch.data.augment import augment
 from evosearch.data.sources import DATASETS, DataSource, SourceOptions, open_source
 
@@ -13,6 +13,7 @@ __all__ = [
     "ImagePool",
     "Images",
     "SourceOptions",
+    "Subpool",
     "augment",
     "balanced_subset",
     "held_out_mask",

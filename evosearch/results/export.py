@@ -38,8 +38,9 @@ class Records:
 
 
 _VALUES = (*METRICS, "macs", "params")
+_CHECKED = tuple(f"check:{name}" for name in METRICS)
 _TEXT = ("policy", "status", "reason")
-_NUMBERS = (*_VALUES, "violation", "seconds", "crowding")
+_NUMBERS = (*_VALUES, *_CHECKED, "violation", "seconds", "crowding")
 _COUNTS = ("images",)
 
 
@@ -63,12 +64,24 @@ def _measured(row: Row) -> dict[str, Any]:
 
 
 def front_records(results: Results) -> Records:
-    """The front by first objective: metrics, costs as shares of dense and as counts, widths."""
-    columns = ("policy", *_VALUES, "macs_count", "params_count", *_policy_columns(results))
+    """The front by first objective: metrics, costs as shares and counts, widths, check images."""
+    columns = (
+        "policy",
+        *_VALUES,
+        "macs_count",
+        "params_count",
+        *_policy_columns(results),
+        *_CHECKED,
+    )
     return Records(
         columns,
         tuple(
-            {"policy": row.policy.digest, **_measured(row), **_kept(results, row.policy)}
+            {
+                "policy": row.policy.digest,
+                **_measured(row),
+                **_kept(results, row.policy),
+                **{f"check:{name}": row.checked.get(name) for name in METRICS},
+            }
             for row in results.front
         ),
     )

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from evosearch.facts import read_facts
 from evosearch.ledger import Entry, Ledger
-from evosearch.measurement import Status
+from evosearch.measurement import Measurement, Status, Terms
 from evosearch.pareto import front_mask, hypervolume, total_violation
 from evosearch.policy import Policy
 from evosearch.scoring.objectives import Constraint, Goals, reference_point
@@ -32,6 +32,7 @@ class Row:
         seconds: Time of scoring.
         reason: Why it failed, or was dropped.
         images: Validation images that it has seen; None if it failed.
+        checked: Metrics on the check images; empty where they were not measured.
     """
 
     policy: Policy
@@ -44,6 +45,7 @@ class Row:
     seconds: float
     reason: str | None
     images: int | None
+    checked: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ class Results:
         rows: Policies of the search, in the order in which they were first asked for.
         baseline: Policies of the uniform ladder, likewise.
         reference: `(n_objectives,)` of the hypervolume.
+        check: Count of check images, and the dense network's error on them; None if nothing was
+            measured there.
     """
 
     goals: Goals
@@ -65,6 +69,7 @@ class Results:
     rows: tuple[Row, ...]
     baseline: tuple[Row, ...]
     reference: NDArray[np.float64]
+    check: tuple[int, float] | None = None
 
     @property
     def front(self) -> list[Row]:
@@ -92,12 +97,31 @@ class Results:
         """Of the uniform ladder; None if it was not measured."""
         return self._hypervolume(self.baseline) if self.baseline else None
 
+    def checked_hypervolume(self) -> float | None:
+        """Of the front on the check images; None if it was not measured there."""
+        rows = [row for row in self.rows if row.on_front and row.checked]
+        if not rows:
+            return None
+        return self._hypervolume_of([{**row.values, **row.checked} for row in rows])
+
+    def optimism(self) -> float | None:
+        """How much more error the front has on the check images, beyond what the dense network has.
+
+        A mean over the front, as a share of images; None if it was not measured there.
+        """
+        rows = [row for row in self.front if row.checked]
+        if not rows or self.check is None:
+            return None
+        gap = np.mean([row.checked["error"] - row.values["error"] for row in rows])
+        return float(gap - (self.check[1] - self.dense["error"]))
+
     def _hypervolume(self, rows: Sequence[Row]) -> float:
-        points = [
-            self.goals.vector(row.values)
-            for row in rows
-            if row.status is Status.OK and row.violation <= 0
-        ]
+        return self._hypervolume_of(
+            [row.values for row in rows if row.status is Status.OK and row.violation <= 0]
+        )
+
+    def _hypervolume_of(self, values: Sequence[Mapping[str, float]]) -> float:
+        points = [self.goals.vector(row) for row in values]
         return hypervolume(
             np.array(points).reshape(len(points), len(self.reference)), self.reference
         )
@@ -119,7 +143,12 @@ def _paid(
     return affordable[:budget]
 
 
-def _rows(entries: Sequence[Entry], goals: Goals, dense: tuple[int, int]) -> tuple[Row, ...]:
+def _rows(
+    entries: Sequence[Entry],
+    goals: Goals,
+    dense: tuple[int, int],
+    checked: Mapping[str, Measurement],
+) -> tuple[Row, ...]:
     found = []
     for entry in entries:
         measurement = entry.measurement
@@ -154,6 +183,7 @@ def _rows(entries: Sequence[Entry], goals: Goals, dense: tuple[int, int]) -> tup
             seconds=measurement.seconds,
             reason=measurement.reason,
             images=measurement.images,
+            checked=checked[d].metrics if (d := entry.policy.digest) in checked else {},
         )
         for i, (entry, measurement, values) in enumerate(found)
     )
@@ -173,10 +203,12 @@ def read_results(ledger: Ledger) -> Results:
     )
     dense = (facts.dense_macs, facts.dense_params)
 
+    checked = ledger.measurements(terms=Terms.CHECK)
+
     def rows(track: str, budget: int) -> tuple[Row, ...]:
         raced = track == SEARCH and search.racing > 0
-        entries = ledger.entries(track, raced=raced)
-        return _rows(_paid(entries, goals, dense, budget), goals, dense)
+        entries = ledger.entries(track, terms=Terms.RACED if raced else Terms.FULL)
+        return _rows(_paid(entries, goals, dense, budget), goals, dense, checked)
 
     return Results(
         goals=goals,
@@ -185,4 +217,7 @@ def read_results(ledger: Ledger) -> Results:
         rows=rows(SEARCH, facts.evaluations),
         baseline=rows(BASELINE, search.baseline),
         reference=reference_point(goals.objectives, facts.worst),
+        check=None
+        if facts.check_dense_error is None
+        else (facts.recipe.data.check or 0, facts.check_dense_error),
     )

@@ -60,6 +60,13 @@ def hypervolume_lines(results: Results) -> list[str]:
         lines.append(
             f"uniform baseline   {baseline:.4f}  ({len(results.baseline)} ratios, same proxy)"
         )
+    optimism, checked = results.optimism(), results.checked_hypervolume()
+    if results.check is not None and optimism is not None and checked is not None:
+        lines.append(
+            f"on other images    {checked:.4f}  ({results.check[0]}; the front's top-1 is "
+            f"{abs(100 * optimism):.2f} points {'lower' if optimism >= 0 else 'higher'} there, "
+            "relative to the dense network)"
+        )
     dropped = [row for row in results.rows if row.status is Status.DROPPED]
     if dropped:
         seen = sum(row.images or 0 for row in dropped) / len(dropped)

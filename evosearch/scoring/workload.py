@@ -29,11 +29,13 @@ __all__ = [
     "DTYPES",
     "Workload",
     "batches",
+    "dense_error",
     "logits",
     "prepare_workload",
     "samples_of",
     "settled_precision",
     "single_thread",
+    "with_validation",
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -159,6 +161,25 @@ def _dense_copy(network: Network, layout: Layout, precision: str) -> FastCopy:
     fast = FastCopy(network.module, layout, DTYPES[precision])
     fast.update(network.module)
     return fast
+
+
+def dense_error(workload: Workload) -> float:
+    """Top-1 error of the dense network on the validation images."""
+    return float((workload.dense_logits.argmax(axis=1) != workload.validation.labels).mean())
+
+
+def with_validation(workload: Workload, validation: Images) -> Workload:
+    """The same workload, measured on other images.
+
+    Raises:
+        NetworkError: The dense network's outputs for them are not finite, or a label is too large.
+    """
+    network = workload.network()
+    with single_thread():
+        shown = list(batches(network, validation, workload.settings.batch_size))
+        dense = _dense_logits(network, workload.layout, "float32", shown).numpy()
+    _check_outputs(dense, validation)
+    return replace(workload, validation=validation, dense_logits=dense)
 
 
 def _check_outputs(dense: NDArray[np.float32], validation: Images) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from evosearch.ledger import Ledger
+from evosearch.measurement import Terms
 from evosearch.search import SEARCH
 
 TINY = Path(__file__).with_name("tiny.py")
@@ -76,7 +77,10 @@ class Cli:
             assert process.poll() is None, process.communicate()
             if (run / "ledger.sqlite").exists():
                 with Ledger.open(run) as ledger:
-                    counts = [ledger.progress(SEARCH, raced=r)["evaluations"] for r in (0, 1)]
+                    counts = [
+                        ledger.progress(SEARCH, terms=terms)["evaluations"]
+                        for terms in (Terms.FULL, Terms.RACED)
+                    ]
                     if sum(counts) >= measurements:
                         return
             time.sleep(0.01)

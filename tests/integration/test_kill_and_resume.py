@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from evosearch.ledger import Ledger
+from evosearch.measurement import Terms
 from tests.integration.conftest import Cli
 
 ALGORITHMS = ["de", "nsga2", "gde3", "nsde", "random", "uniform"]
@@ -40,8 +41,11 @@ def kill_tree(pid: int) -> None:
 
 def landed(run: Path) -> list[tuple[str, str, float]]:
     with Ledger.open(run) as ledger:
-        found = [*ledger.measurements(raced=True).items(), *ledger.measurements().items()]
-        return [(digest, str(m.metrics), m.seconds) for digest, m in found]
+        return [
+            (digest, str(m.metrics), m.seconds)
+            for terms in (Terms.RACED, Terms.FULL)
+            for digest, m in ledger.measurements(terms=terms).items()
+        ]
 
 
 def check(cli: Cli, recipe: str, options: list[str], name: str) -> None:

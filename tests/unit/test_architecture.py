@@ -27,6 +27,7 @@ LAYERS = (
         "evosearch.run",
         "evosearch.status",
     ),
+    ("evosearch.checking",),
     ("evosearch.results",),
     ("evosearch.assembly", "evosearch.testing"),
     ("evosearch.search",),

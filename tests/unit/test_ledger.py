@@ -19,7 +19,7 @@ from evosearch.errors import (
     LedgerVersionError,
 )
 from evosearch.ledger import SCHEMA_VERSION, Ledger, Member, lock_holder
-from evosearch.measurement import Measurement, Status
+from evosearch.measurement import Measurement, Status, Terms
 from evosearch.policy import Policy
 
 POLICIES = [Policy((n, 2 * n)) for n in range(1, 9)]
@@ -30,7 +30,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from evosearch.ledger import Ledger
-from evosearch.measurement import Measurement, Status
+from evosearch.measurement import Measurement, Status, Terms
 from evosearch.policy import Policy
 ledger = Ledger.create(Path(sys.argv[1]), {})
 print("ready", flush=True)
@@ -103,13 +103,13 @@ def test_raced_measurements_are_kept_apart_and_read_back_as_they_were(asked: Led
     ]
     asked.record(full, 0.0)
     for measurement in raced:
-        asked.record(measurement, 1.0, raced=True)
+        asked.record(measurement, 1.0, terms=Terms.RACED)
     with Ledger.open(asked.path.parent) as reader:
         assert list(reader.measurements().values()) == [full]
-        assert list(reader.measurements(raced=True).values()) == raced
-        assert reader.known(POLICIES, raced=True) == {m.policy.digest: m for m in raced}
-        assert [e.measurement for e in reader.entries("search", raced=True)][:2] == raced
-        assert reader.progress("search", raced=True)["by_status"] == {"dropped": 1, "ok": 1}
+        assert list(reader.measurements(terms=Terms.RACED).values()) == raced
+        assert reader.known(POLICIES, terms=Terms.RACED) == {m.policy.digest: m for m in raced}
+        assert [e.measurement for e in reader.entries("search", terms=Terms.RACED)][:2] == raced
+        assert reader.progress("search", terms=Terms.RACED)["by_status"] == {"dropped": 1, "ok": 1}
 
 
 def test_measurements_are_listed_in_the_order_of_landing(asked: Ledger) -> None:

@@ -296,6 +296,7 @@ RELEVANT = {
     "data.official_order": True,
     "data.calibration": 3,
     "data.validation": 3,
+    "data.check": 7,
     "data.seed": 3,
     "space.name": "other",
     "space.sparsity": [0.0, 0.5],

@@ -13,7 +13,7 @@ import pytest
 from evosearch.algorithms import ALGORITHMS, AlgorithmSettings, make_algorithm
 from evosearch.errors import ReplayMismatch
 from evosearch.ledger import Entry, Ledger, Member
-from evosearch.measurement import METRICS, Measurement, Status
+from evosearch.measurement import METRICS, Measurement, Status, Terms
 from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
 from evosearch.scoring.objectives import Constraint, Goals
@@ -156,7 +156,8 @@ class Bench:
     def entries(self, track: str | None = None) -> list[Entry]:
         with self.ledger() as ledger:
             track = track or self.track
-            return ledger.entries(track, raced=self.racing > 0 and track == SEARCH)
+            raced = self.racing > 0 and track == SEARCH
+            return ledger.entries(track, terms=Terms.RACED if raced else Terms.FULL)
 
     def asks(self) -> list[list[str]]:
         with self.ledger() as ledger:

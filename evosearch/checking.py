@@ -1,0 +1,57 @@
+"""Whether a front holds on images that its search has not seen.
+
+A search that compares hundreds of policies on the same images finds, among others, those that these
+images flatter. The front is therefore measured once more on other held-out images; how much worse
+it does there, beyond what the dense network does, is the optimism of the search.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from evosearch.assembly import Assembled, pool_settings
+from evosearch.ledger import Ledger
+from evosearch.measurement import Measurement, Terms
+from evosearch.results.front import read_results
+from evosearch.scoring.pool import make_pool
+from evosearch.scoring.workload import dense_error, with_validation
+
+__all__ = ["check_front"]
+
+
+def check_front(
+    assembled: Assembled,
+    ledger: Ledger,
+    stop: Callable[[], bool] = lambda: False,
+    clock: Callable[[], float] = time.time,
+) -> bool:
+    """Measures the front on the check images; what the ledger knows is not measured again.
+
+    It is scored in this process: these policies have been measured without harm before, and a
+    front is small.
+
+    Returns:
+        Whether all of it is known now; true where there are no such images.
+    """
+    policies = [row.policy for row in read_results(ledger).front]
+    known = ledger.known(policies, terms=Terms.CHECK)
+    missing = [policy for policy in policies if policy.digest not in known]
+    if not len(assembled.check) or not missing:
+        return True
+    if stop():
+        return False
+    workload = with_validation(assembled.workload, assembled.check)
+    ledger.set_meta("check_dense_error", dense_error(workload))
+    landed = 0
+
+    def record(measurement: Measurement) -> None:
+        nonlocal landed
+        ledger.record(measurement, clock(), terms=Terms.CHECK)
+        landed += 1
+
+    pool = make_pool(workload, replace(pool_settings(assembled.recipe), workers=0))
+    try:
+        pool.score(missing, record, stop)
+    finally:
+        pool.close()
+    return landed == len(missing)

@@ -1,0 +1,168 @@
+"""The front on images that its search has not seen."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evosearch.assembly import Assembled, assemble, network_and_images
+from evosearch.checking import check_front
+from evosearch.errors import DataError
+from evosearch.ledger import Ledger
+from evosearch.measurement import Measurement, Terms
+from evosearch.recipe import Recipe, check_recipe
+from evosearch.results.front import Results, read_results
+from evosearch.run import launch, resume
+from evosearch.scoring.scorer import Scorer
+from evosearch.scoring.workload import with_validation
+
+TINY = Path(__file__).parents[1] / "integration" / "tiny.py"
+
+
+class Silent:
+    """Watches and says nothing."""
+
+    def phase(self, text: str) -> None:
+        """See Observer."""
+
+    def landed(self, track: str, measurement: Measurement, count: int, budget: int) -> None:
+        """See Observer."""
+
+
+def recipe_of(**data: int) -> Recipe:
+    return check_recipe(
+        {
+            "network": {
+                "name": f"{TINY}:Tiny",
+                "input_shape": [3, 32, 32],
+                "mean": [0.49, 0.48, 0.45],
+                "std": [0.25, 0.24, 0.26],
+            },
+            "data": {"calibration": 64, "validation": 96, **data},
+            "search": {
+                "objectives": ["divergence", "macs"],
+                "population": 6,
+                "evaluations": 12,
+                "baseline": 3,
+            },
+            "proxy": {"name": "compensated"},
+            "run": {"workers": 0},
+        },
+        "test",
+    )
+
+
+def of_run(run: Path) -> tuple[Results, dict[str, Measurement]]:
+    with Ledger.open(run) as ledger:
+        return read_results(ledger), ledger.measurements(terms=Terms.CHECK)
+
+
+@pytest.fixture(scope="module")
+def assembled() -> Assembled:
+    return assemble(recipe_of(check=80))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("checked") / "run"
+    launch(recipe_of(check=80), run, Silent())
+    return run
+
+
+def test_check_images_are_held_out_and_not_those_for_validation() -> None:
+    _, images = network_and_images(recipe_of(validation=1100, check=900))
+    shown = {image.tobytes() for image in images.validation.pixels}
+    others = {image.tobytes() for image in images.check.pixels}
+    assert (len(shown), len(others)) == (1100, 900)
+    assert not shown & others
+    trained = {image.tobytes() for image in images.calibration.pixels}
+    assert not trained & others
+
+
+def test_as_many_as_for_validation_or_what_is_left() -> None:
+    assert len(network_and_images(recipe_of(validation=96))[1].check) == 96
+    assert len(network_and_images(recipe_of(validation=1500))[1].check) == 500
+    assert len(network_and_images(recipe_of(validation=2000))[1].check) == 0
+    assert len(network_and_images(recipe_of(check=0))[1].check) == 0
+
+
+def test_choice_of_check_images_leaves_the_validation_images_alone() -> None:
+    sets = [network_and_images(recipe_of(check=n))[1] for n in (0, 80, 500)]
+    assert len({images.validation.digest() for images in sets}) == 1
+
+
+def test_more_check_images_than_there_are_is_said_so() -> None:
+    with pytest.raises(DataError, match=r"data\.check = 1905: .* besides the 96 for validation"):
+        network_and_images(recipe_of(check=1905))
+
+
+def test_front_and_nothing_else_is_measured_on_the_check_images(
+    finished: Path, assembled: Assembled
+) -> None:
+    results, checked = of_run(finished)
+    assert {row.policy.digest for row in results.front} == set(checked)
+    assert len(checked) > 2
+    scorer = Scorer(with_validation(assembled.workload, assembled.check))
+    for row in results.rows:
+        wanted = scorer.score(row.policy).metrics if row.on_front else {}
+        assert row.checked == wanted
+        assert row.values["divergence"] != wanted.get("divergence")
+
+
+def test_optimism_is_the_gap_beyond_that_of_the_dense_network(
+    finished: Path, assembled: Assembled
+) -> None:
+    results, _ = of_run(finished)
+    there = with_validation(assembled.workload, assembled.check)
+    dense = float((there.dense_logits.argmax(1) != there.validation.labels).mean())
+    assert results.check == (80, dense)
+    gaps = [row.checked["error"] - row.values["error"] for row in results.front]
+    wanted = np.mean(gaps) - (dense - results.dense["error"])
+    assert results.optimism() == pytest.approx(wanted)
+
+
+def test_finished_run_is_not_measured_again(finished: Path) -> None:
+    before = of_run(finished)[1]
+    resume(finished, Silent())
+    assert of_run(finished)[1] == before
+
+
+def test_larger_budget_measures_what_is_new_on_the_front(tmp_path: Path) -> None:
+    recipe, run = recipe_of(check=80), tmp_path / "run"
+    launch(recipe, run, Silent())
+    before = of_run(run)[1]
+    resume(run, Silent(), evaluations=30)
+    results, after = of_run(run)
+    assert before.items() <= after.items()
+    assert {row.policy.digest for row in results.front} <= set(after)
+
+
+def test_stopped_measuring_is_continued(finished: Path, assembled: Assembled) -> None:
+    wanted = of_run(finished)[1]
+    with Ledger.open(finished, write=True) as ledger:
+        database = ledger._db
+        database.execute("DELETE FROM measurements WHERE terms = 'check'")
+        asked = 0
+
+        def stop() -> bool:
+            nonlocal asked
+            asked += 1
+            return asked > 3
+
+        assert not check_front(assembled, ledger, stop)
+        assert 0 < len(ledger.measurements(terms=Terms.CHECK)) < len(wanted)
+        assert check_front(assembled, ledger)
+    found = of_run(finished)[1]
+    assert {d: m.metrics for d, m in found.items()} == {d: m.metrics for d, m in wanted.items()}
+
+
+@pytest.mark.parametrize("sizes", [{"check": 0}, {"validation": 2000}])
+def test_run_without_check_images_says_nothing_about_them(
+    tmp_path: Path, sizes: dict[str, int]
+) -> None:
+    launch(recipe_of(**sizes), tmp_path / "run", Silent())
+    results, checked = of_run(tmp_path / "run")
+    assert checked == {}
+    assert results.check is None
+    assert results.optimism() is None
+    assert results.checked_hypervolume() is None
