@@ -152,7 +152,9 @@ def test_a_run_directory_is_defended(refused: Callable[..., str], run: Path) -> 
     with sqlite3.connect(ledger) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
-    assert f"has schema version 99, this evosearch reads {SCHEMA_VERSION}" in refused("status", "run")
+    assert f"has schema version 99, this evosearch reads {SCHEMA_VERSION}" in refused(
+        "status", "run"
+    )
 
     ledger.write_bytes(b"not a database at all, but long enough to be looked at" * 50)
     assert "is damaged or is not a ledger" in refused("export", "run", "front.csv")
