@@ -4,6 +4,7 @@ DIR/fidelity.jsonl is the truth: policies, scores and fine-tuned networks as the
 tables and the picture beside it are made from it at the end.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,13 @@ from evosearch.errors import ConfigError, ConfigMismatch
 from evosearch.facts import read_facts
 from evosearch.fidelity.comparison import Comparison, compare
 from evosearch.fidelity.drawing import Band, draw, elite
+from evosearch.fidelity.free import free_predictors
 from evosearch.fidelity.journal import Journal
 from evosearch.fidelity.truth import FineTuned, Truth, check_images, fine_tune_all, parts_of
-from evosearch.fidelity.variants import Variant, choose
+from evosearch.fidelity.variants import FREE, Variant, choose
 from evosearch.fidelity.writing import write_files
 from evosearch.ledger import Ledger
-from evosearch.measurement import Measurement
+from evosearch.measurement import Measurement, Status
 from evosearch.policy import Policy
 from evosearch.recipe import Recipe, change_recipe, load_recipe, parse_setting
 from evosearch.run import Observer, StopSignal
@@ -130,13 +132,14 @@ def study(
             _register(variants, journal)
             for name, variant in variants.items():
                 _score(name, variant, assembled, everybody, journal, stop, observer)
+            _score_free(assembled, everybody, journal)
             _fine_tune(assembled, options, parts, everybody, journal, stop, observer)
         observer.phase("comparing")
         comparison = compare(
             journal,
             sets,
             assembled.workload.plan.table,
-            variants=list(variants),
+            variants=[*variants, FREE],
             seeds=options.truth.seeds,
             parts=parts,
             seed=options.seed,
@@ -148,16 +151,16 @@ def study(
 
 
 def _settings(assembled: Assembled, options: Options, parts: tuple[str, ...]) -> dict[str, Any]:
-    """All that decides what a record means; the search's part of the recipe does not."""
+    """All that decides what a record means; what concerns a search alone does not."""
     facts = assembled.facts()
     recipe = assembled.recipe.results_key()
-    del recipe["search"]
+    del recipe["search"], recipe["data"]["check"]
     return {
         "recipe": recipe,
         "macs": str(options.band),
         "seed": options.seed,
         "truth": {**options.truth.settings(), "on": list(parts)},
-        "images": facts["images"],
+        "images": {part: facts["images"][part] for part in ("calibration", "validation")},
         "weights": facts["weights"],
         "groups": [list(group) for group in facts["groups"]],
     }
@@ -261,6 +264,26 @@ def _score(
         pool.score(missing, record, stop)
     finally:
         pool.close()
+
+
+def _score_free(assembled: Assembled, policies: list[Policy], journal: Journal) -> None:
+    done = {tuple(r["keep"]) for r in journal.of_kind("score") if r["variant"] == FREE}
+    missing = [policy for policy in policies if policy.keep not in done]
+    if not missing:
+        return
+    foretell = free_predictors(assembled.workload)
+    for policy in missing:
+        start = time.perf_counter()
+        metrics = dict(foretell(policy))
+        journal.append(
+            "score",
+            variant=FREE,
+            keep=policy.keep,
+            status=Status.OK.value,
+            metrics=metrics,
+            seconds=time.perf_counter() - start,
+            reason=None,
+        )
 
 
 def _fine_tune(

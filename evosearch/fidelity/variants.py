@@ -8,9 +8,11 @@ from evosearch.errors import ConfigError
 from evosearch.recipe import parse_setting
 from evosearch.scoring.proxies import PROXIES
 
-__all__ = ["VARIANTS", "Variant", "choose", "known_variants", "parse_variant"]
+__all__ = ["FREE", "VARIANTS", "Variant", "choose", "known_variants", "parse_variant"]
 
 _TABLES = ("proxy", "data")
+FREE = "free"
+"""Under this name, what weights alone foretell stands beside the variants."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,11 @@ VARIANTS: dict[str, Variant] = {
             "data.validation": 256,
         },
     ),
+    "patchwise-l1": _proxy("cut by L1 norm, refit by patch", "patchwise", "l1"),
+    "patchwise-fast": Variant(
+        title="cut, refit by patch, measure on 256 images",
+        changes={"proxy.name": "patchwise", "data.validation": 256},
+    ),
     "reconstructed-cut": _proxy(
         "cut, compensate, fit the layers that lost inputs",
         "reconstructed",
@@ -93,7 +100,7 @@ def parse_variant(text: str) -> tuple[str, Variant]:
         raise ConfigError(
             f"--proxy-variant {text!r} must read like mine:proxy.name=raw,proxy.criterion=l1"
         )
-    if name in known_variants() or name == "all":
+    if name in known_variants() or name in ("all", FREE):
         raise ConfigError(f"--proxy-variant {text!r}: there is a variant {name!r} already")
     changes = {}
     for setting in rest.split(","):

@@ -246,7 +246,8 @@ def _start_cluster(ray: Any, workload: Workload, settings: PoolSettings) -> None
         ray.init(address=settings.ray_address, **common)
         return
     arrays = workload.calibration.pixels.nbytes + workload.validation.pixels.nbytes
-    held = (*workload.grams.values(), *workload.state.values())
+    held = [*workload.grams.values(), *workload.state.values()]
+    held += [moments.covariance for moments in workload.moments.values()]
     arrays += sum(array.nbytes for array in held)
     arrays += workload.teacher.nbytes
     arrays += sum(target.values.nbytes for target in workload.targets.values())

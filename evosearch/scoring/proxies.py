@@ -77,6 +77,9 @@ class Bench(Protocol):
     def compensate(self, keep: Keep) -> None:
         """Folds removed channels into the consumers' weights."""
 
+    def compensate_patches(self, keep: Keep) -> None:
+        """Refits the consumers' weights and norms from moments of the patches they read."""
+
     def recalibrate(self) -> None:
         """Re-estimates batch-norm statistics on the calibration images."""
 
@@ -98,6 +101,7 @@ class Proxy:
         title: One line for people.
         prepare: Leaves the network to be measured on the bench.
         needs_grams: Whether Gram matrices must have been collected.
+        needs_moments: Whether moments of patches must have been.
         needs_targets: Whether the dense layers' outputs must have been noted.
         needs_teacher: Whether the dense network's outputs for calibration images must have been.
     """
@@ -105,6 +109,7 @@ class Proxy:
     title: str
     prepare: Callable[[Bench, Keep], None]
     needs_grams: bool = False
+    needs_moments: bool = False
     needs_targets: bool = False
     needs_teacher: bool = False
 
@@ -126,6 +131,13 @@ def compensated(bench: Bench, keep: Keep) -> None:
     bench.compensate(keep)
     if bench.settings.recalibrate:
         bench.recalibrate()
+
+
+def patchwise(bench: Bench, keep: Keep) -> None:
+    """Cut, refit consumers by patch with bias and variance [Xie2021]; no forward pass."""
+    bench.cut(keep)
+    bench.compensate(keep)  # for layers whose patches are not read
+    bench.compensate_patches(keep)
 
 
 def reconstructed(bench: Bench, keep: Keep) -> None:
@@ -158,6 +170,12 @@ PROXIES: dict[str, Proxy] = {
         title="cut, fold removed channels into kept ones, recalibrate unless told not to",
         prepare=compensated,
         needs_grams=True,
+    ),
+    "patchwise": Proxy(
+        title="cut, refit consumers by patch with bias and variance, in closed form",
+        prepare=patchwise,
+        needs_grams=True,
+        needs_moments=True,
     ),
     "reconstructed": Proxy(
         title="cut, fold, then fit layer by layer to the dense network, in closed form",

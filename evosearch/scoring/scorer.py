@@ -19,6 +19,7 @@ from evosearch.pruning.blending import Blends
 from evosearch.pruning.compensation import Compensator
 from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.folding import FastCopy, Layout
+from evosearch.pruning.patches import PatchCompensator
 from evosearch.pruning.proposals import Norm
 from evosearch.pruning.reconstruction import Reconstructor
 from evosearch.scoring.proxies import proxy_named
@@ -82,6 +83,16 @@ class Scorer:
             self._compensator = Compensator(
                 workload.plan, dense, self._cutter.network, workload.grams, self.settings.ridge
             )
+        self._patch_compensator = None
+        if workload.moments:
+            self._patch_compensator = PatchCompensator(
+                workload.plan,
+                workload.layout,
+                dense,
+                self._cutter.network,
+                workload.moments,
+                self.settings.ridge,
+            )
         dtype = DTYPES[self.settings.precision]
         # The working copy is exact, to be cut, folded and exported; forward passes run on copies
         # of it that are made for speed.
@@ -134,6 +145,11 @@ class Scorer:
         """Folds removed channels into the kept ones."""
         assert self._compensator is not None  # noqa: S101  workloads of such proxies have grams
         self._compensator.compensate(keep)
+
+    def compensate_patches(self, keep: NDArray[np.bool_]) -> None:
+        """Refits the consumers' weights and norms from moments of the patches they read."""
+        if self._patch_compensator is not None:  # else: no layer's patches are read
+            self._patch_compensator.compensate(keep)
 
     def recalibrate(self) -> None:
         """Replaces batch-norm statistics by plain averages over the calibration images.

@@ -21,6 +21,7 @@ from evosearch.pruning.blending import Blends, comparable, places_of
 from evosearch.pruning.criteria import Samples, channel_scores, criterion_named
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.folding import FastCopy, Layout, layout_of
+from evosearch.pruning.patches import Moments, patch_moments
 from evosearch.pruning.reconstruction import Target, targets_of
 from evosearch.pruning.statistics import gram_matrices
 from evosearch.scoring.proxies import ProxySettings, proxy_named
@@ -63,6 +64,7 @@ class Workload:
         places: `(n_channels,)` place of each flat channel in its group's order, 0 = kept longest.
         blends: Criteria that policies may blend, if any.
         grams: Second moments by consumer; empty if the proxy does without.
+        moments: Of the patches that consumers read; likewise.
         targets: What the dense layers return for the first calibration images; likewise.
         teacher: `(n_calibration, n_classes)` float32 outputs of the dense network; empty likewise.
         dense_logits: `(n_validation, n_classes)` float32 outputs of the dense network.
@@ -80,6 +82,7 @@ class Workload:
     places: NDArray[np.int64]
     blends: Blends | None = None
     grams: Mapping[str, NDArray[np.float64]]
+    moments: Mapping[str, Moments]
     targets: Mapping[str, Target]
     teacher: NDArray[np.float32]
     dense_logits: NDArray[np.float32]
@@ -279,10 +282,13 @@ def prepare_workload(
         needs = {need for name in names for need in criterion_named(name).needs} - {"norms"}
         grams: Mapping[str, NDArray[np.float64]] = {}
         samples = None
-        if proxy.needs_grams or needs:
+        moments: Mapping[str, Moments] = {}
+        if proxy.needs_grams or proxy.needs_moments or needs:
             samples = samples_of(network, calibration, size, settings.labels)
             if proxy.needs_grams or "grams" in needs:
                 grams = gram_matrices(network.module, plan, list(samples.batches))
+            if proxy.needs_moments:
+                moments = patch_moments(network.module, plan, list(samples.batches))
         targets: Mapping[str, Target] = {}
         if proxy.needs_targets:
             first = calibration.pixels[: settings.reconstruction_images]
@@ -311,6 +317,7 @@ def prepare_workload(
         places=places_of(scores[0], plan.table),
         blends=blends,
         grams=grams if proxy.needs_grams else {},
+        moments=moments,
         targets=targets,
         teacher=teacher,
         dense_logits=dense,

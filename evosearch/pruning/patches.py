@@ -1,0 +1,202 @@
+"""Compensation at the level of patches: closed form, from moments of the dense network alone.
+
+A convolution reads patches x of C k^2 numbers, with mean mu and covariance S over calibration
+images and positions. When some of its input channels go, the best linear prediction of what it
+returned from the kept columns k is, by least squares,
+
+    W' = W S_.k (S_kk)^-1,    and the output's mean moves by W mu - W' mu_k.
+
+What is lost is variance: rows of W' S_kk W'^T have less of it than those of W S W^T. Both are made
+good in the batch norm that follows, if one does: its mean moves along, and its variance shrinks by
+the same ratio, which equals rescaling the row [Xie2021]. No forward pass is needed; in return, what
+earlier layers do to the input is not seen.
+
+References:
+    [Xie2021] Z. Xie et al., "Pruning with Compensation", arXiv:2108.13728, with its official code.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evosearch.pruning.cutting import CuttingPlan, LayerCut
+from evosearch.pruning.folding import Layout
+
+__all__ = ["Moments", "PatchCompensator", "patch_moments"]
+
+FloatArray = NDArray[np.float64]
+
+# Positions of each image that are read: neighbours tell much the same.
+_POSITIONS = 32
+# Below this share of what it was, a variance says nothing: the filter has lost its input.
+_LEAST_VARIANCE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Of the patches that a layer reads in the dense network.
+
+    Args:
+        mean: `(in * k^2,)`, input channel by input channel.
+        covariance: `(in * k^2, in * k^2)`.
+    """
+
+    mean: FloatArray
+    covariance: FloatArray
+
+
+def _readable(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        plain = layer.groups == 1 and layer.padding_mode == "zeros"
+        return plain and not isinstance(layer.padding, str)
+    return isinstance(layer, nn.Linear)
+
+
+class _PatchHook:
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = torch.zeros(())
+        self.products = torch.zeros(())
+
+    def __call__(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach()
+        if isinstance(layer, nn.Conv2d):
+            where = {"dilation": layer.dilation, "padding": layer.padding, "stride": layer.stride}
+            columns = F.unfold(x, layer.kernel_size, **where)  # type: ignore[arg-type]
+            # Evenly spread over all rows and columns: a step that shares no factor with the width.
+            step = max(1, columns.shape[2] // _POSITIONS) | 1
+            rows = columns[:, :, ::step].transpose(1, 2).flatten(0, 1)
+        else:
+            rows = x.reshape(-1, x.shape[-1])
+        self.count += len(rows)
+        self.total = self.total + rows.sum(0).double()
+        self.products = self.products + (rows.T @ rows).double()
+
+    def moments(self) -> Moments:
+        mean = self.total / self.count
+        return Moments(mean.numpy(), (self.products / self.count - torch.outer(mean, mean)).numpy())
+
+
+def patch_moments(
+    module: nn.Module, plan: CuttingPlan, batches: list[Tensor]
+) -> Mapping[str, Moments]:
+    """Moments of what the consumers read, over images and some positions of each.
+
+    Args:
+        module: The dense network, in evaluation mode.
+        plan: Says which layers have an input that a policy cuts.
+        batches: Normalised images, each `(n, channels, height, width)`.
+
+    Returns:
+        By layer name; layers other than linear ones and plain two-dimensional convolutions are
+        left out.
+    """
+    layers = dict(module.named_modules())
+    hooks, handles = {}, []
+    for entry in plan.cuts:
+        if entry.in_axis is not None and _readable(layers[entry.name]):
+            hooks[entry.name] = _PatchHook()
+            handles.append(layers[entry.name].register_forward_pre_hook(hooks[entry.name]))
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                module(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: hook.moments() for name, hook in hooks.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Consumer:
+    entry: LayerCut
+    weight: Tensor
+    layer: Any
+    norm: Any
+    mean: Tensor
+    covariance: Tensor
+
+
+class PatchCompensator:
+    """Rewrites the consumers of a cut network from moments of the dense one.
+
+    Args:
+        plan: How the network was cut.
+        layout: Which norm follows which layer.
+        source: The dense network.
+        target: The working copy that a cutter narrows.
+        moments: From `patch_moments` of the dense network.
+        ridge: Added to the diagonal of S_kk, as a share of its mean.
+    """
+
+    def __init__(
+        self,
+        plan: CuttingPlan,
+        layout: Layout,
+        source: nn.Module,
+        target: nn.Module,
+        moments: Mapping[str, Moments],
+        ridge: float,
+    ) -> None:
+        dense, layers = dict(source.named_modules()), dict(target.named_modules())
+        norms = dict(layout.pairs)
+        self._axes = plan.table.axes
+        self._ridge = ridge
+        self._consumers = [
+            _Consumer(
+                entry=entry,
+                weight=dense[entry.name].weight.detach().double().cpu(),
+                layer=layers[entry.name],
+                norm=layers[norms[entry.name]] if entry.name in norms else None,
+                # Copies: the arrays may be read-only views into shared memory.
+                mean=torch.from_numpy(np.array(moments[entry.name].mean)),
+                covariance=torch.from_numpy(np.array(moments[entry.name].covariance)),
+            )
+            for entry in plan.cuts
+            if entry.name in moments
+        ]
+
+    def compensate(self, keep: NDArray[np.bool_]) -> None:
+        """Refits every consumer that lost inputs; the others stay as they are.
+
+        Args:
+            keep: `(n_channels + 1,)` boolean by flat channel number, as given to the cutter.
+        """
+        with torch.no_grad():
+            for consumer in self._consumers:
+                self._refit(consumer, keep)
+
+    def _refit(self, consumer: _Consumer, keep: NDArray[np.bool_]) -> None:
+        entry, weight = consumer.entry, consumer.weight
+        assert entry.in_axis is not None  # noqa: S101  see patch_moments
+        inputs = self._axes[entry.in_axis].kept(keep)
+        if len(inputs) == weight.shape[1]:
+            return
+        if entry.out_axis is not None:
+            weight = weight[torch.from_numpy(self._axes[entry.out_axis].kept(keep))]
+        matrix = weight.flatten(1)
+        area = matrix.shape[1] // weight.shape[1]
+        kept = torch.from_numpy((inputs[:, None] * area + np.arange(area)).ravel())
+        covariance = consumer.covariance
+        block = covariance[kept][:, kept]
+        load = max(self._ridge * float(block.diagonal().mean()), 1e-12)
+        factor = torch.linalg.cholesky(block + load * torch.eye(len(kept), dtype=block.dtype))
+        spread = matrix @ covariance
+        fitted = torch.cholesky_solve(spread[:, kept].T, factor).T
+        layer, norm = consumer.layer, consumer.norm
+        layer.weight.copy_(fitted.reshape(layer.weight.shape))
+        shift = matrix @ consumer.mean - fitted @ consumer.mean[kept]
+        if norm is not None:
+            before = (spread * matrix).sum(1)
+            after = ((fitted @ block) * fitted).sum(1)
+            ratio = (after / before.clamp_min(1e-30)).clamp(_LEAST_VARIANCE, 1.0)
+            norm.running_mean.sub_(shift.to(norm.running_mean))
+            norm.running_var.mul_(ratio.to(norm.running_var))
+        elif layer.bias is not None:
+            layer.bias.add_(shift.to(layer.bias))
