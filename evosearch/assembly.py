@@ -196,10 +196,13 @@ def network_and_images(recipe: Recipe) -> tuple[Network, ImageSets]:
             f"channels), {spec.name} takes {network.input.shape} (channels, height, width); set "
             "network.input_shape or choose other data"
         )
+    validation, check = held_out.take(chosen), _check_images(recipe.data, held_out, chosen)
+    if recipe.data.mirrored:
+        validation, check = validation.with_mirrored(), check.with_mirrored()
     return network, ImageSets(
         calibration=as_trained(calibration, network, recipe.data.seed),
-        validation=held_out.take(chosen),
-        check=_check_images(recipe.data, held_out, chosen),
+        validation=validation,
+        check=check,
     )
 
 
@@ -413,10 +416,11 @@ def _settled(recipe: Recipe, images: ImageSets) -> Recipe:
     """The recipe with all that it left open written down, so that a run never changes."""
     precision = settled_precision(recipe.proxy.precision, gpu=recipe.run.gpus_per_worker > 0)
     proxy = recipe.proxy.model_copy(update={"precision": precision})
+    views = 2 if recipe.data.mirrored else 1
     sizes = {
         "calibration": len(images.calibration),
-        "validation": len(images.validation),
-        "check": len(images.check),
+        "validation": len(images.validation) // views,
+        "check": len(images.check) // views,
     }
     data = recipe.data.model_copy(update=sizes)
     return recipe.model_copy(update={"proxy": proxy, "data": data})

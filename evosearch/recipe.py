@@ -89,6 +89,8 @@ class DataRecipe(_Table):
     """Images that metrics are measured on, from the held-out part; 2000, or all there are."""
     check: Annotated[int, Field(ge=0)] | None = None
     """More of the held-out part, on which the front is measured once more; as many if left out."""
+    mirrored: bool = False
+    """Measure on each held-out image and on its mirror image: less noise where images are few."""
     seed: Seed = 0
     """Seed of these choices."""
 

@@ -63,6 +63,11 @@ class Images:
         """The images at `indices`, as a copy."""
         return Images(self.pixels[indices], self.labels[indices])
 
+    def with_mirrored(self) -> "Images":
+        """Each image followed by its mirror image, left and right exchanged."""
+        pixels = np.stack([self.pixels, self.pixels[:, :, ::-1]], axis=1)
+        return Images(pixels.reshape(-1, *self.pixels.shape[1:]), np.repeat(self.labels, 2))
+
     def digest(self) -> str:
         """SHA-256 of shape, pixels and labels: equal digests are equal images in equal order."""
         state = hashlib.sha256(repr(self.pixels.shape).encode())

@@ -57,9 +57,9 @@ def hypervolume_lines(results: Results) -> list[str]:
     lines = [f"hypervolume        {results.hypervolume():.4f}  (reference: {reference})"]
     baseline = results.baseline_hypervolume()
     if baseline is not None:
-        lines.append(
-            f"uniform baseline   {baseline:.4f}  ({len(results.baseline)} ratios, same proxy)"
-        )
+        blends = any(row.policy.blend for row in results.baseline)
+        ladder = f"{len(results.baseline)} {'pure criteria and ' if blends else ''}ratios"
+        lines.append(f"uniform baseline   {baseline:.4f}  ({ladder}, same proxy)")
     optimism, checked = results.optimism(), results.checked_hypervolume()
     if results.check is not None and optimism is not None and checked is not None:
         lines.append(

@@ -91,6 +91,24 @@ def test_choice_of_check_images_leaves_the_validation_images_alone() -> None:
     assert len({images.validation.digest() for images in sets}) == 1
 
 
+def test_mirrored_images_follow_those_they_mirror() -> None:
+    plain = network_and_images(recipe_of(check=80))[1]
+    both = network_and_images(recipe_of(check=80, mirrored=True))[1]
+    for one, two in ((plain.validation, both.validation), (plain.check, both.check)):
+        np.testing.assert_array_equal(two.pixels[::2], one.pixels)
+        np.testing.assert_array_equal(two.pixels[1::2], one.pixels[:, :, ::-1])
+        np.testing.assert_array_equal(two.labels, np.repeat(one.labels, 2))
+
+
+def test_run_on_mirrored_images_is_resumed_on_the_same(tmp_path: Path) -> None:
+    launch(recipe_of(check=80, mirrored=True), tmp_path / "run", Silent())
+    before = of_run(tmp_path / "run")
+    resume(tmp_path / "run", Silent())
+    after = of_run(tmp_path / "run")
+    assert after[0].rows == before[0].rows
+    assert after[1] == before[1]
+
+
 def test_more_check_images_than_there_are_is_said_so() -> None:
     with pytest.raises(DataError, match=r"data\.check = 1905: .* besides the 96 for validation"):
         network_and_images(recipe_of(check=1905))

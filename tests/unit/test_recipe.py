@@ -297,6 +297,7 @@ RELEVANT = {
     "data.calibration": 3,
     "data.validation": 3,
     "data.check": 7,
+    "data.mirrored": True,
     "data.seed": 3,
     "space.name": "other",
     "space.sparsity": [0.0, 0.5],
