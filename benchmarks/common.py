@@ -21,7 +21,7 @@ from evosearch.networks import Network, NetworkSpec, load_network
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # The normalisation of the published CIFAR ResNets, which is ImageNet's.
-PUBLISHED = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+PUBLISHED: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

@@ -9,6 +9,8 @@ default.
     python benchmarks/compensation.py [--data FOLDER]
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from common import images, parser, published, show, write
@@ -71,7 +73,8 @@ def main() -> None:
     policies = [
         Policy(tuple(int(c * (1 - cut) + 0.5) for c in plan.table.channels)) for cut in cuts
     ]
-    rows, records = [], []
+    rows: list[list[Any]] = []
+    records: list[dict[str, Any]] = []
     for proxy in PROXIES:
         kinds = {"plain": plain, "as trained": as_trained(plain, network, 0)}
         for kind, calibration in kinds.items():

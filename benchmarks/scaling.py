@@ -12,7 +12,8 @@ Four questions, all about quickstart's recipe (ResNet-20, NSGA-II):
    that sleep in two actors. Beside the measured share, what is possible for these candidates with
    a driver that costs nothing, in simulated time: longest first, as here; any schedule that waits
    for the last candidate of a generation; and overlapping generations, each bred when the last but
-   one is complete, while stragglers of the last are still scored.
+   one is complete, while stragglers of the last are still scored. `+ overlap` is the search with
+   overlapping generations (`search.overlap`), measured.
 3. Resume of a ledger with many measurements: from `resume` to the moment at which the first
    unknown policy is to be scored, in a fresh process, imports aside.
 4. Memory of the driver while those measurements are made.
@@ -64,6 +65,7 @@ def never() -> bool:
 
 def prepare(evaluations: int) -> Assembled:
     changes = {
+        "search.algorithm": "nsga2",
         "search.population": POPULATION,
         "search.evaluations": evaluations,
         "search.baseline": 0,
@@ -83,7 +85,7 @@ class Formula:
         weights = 1 / np.arange(1, len(self.channels) + 1)
         removed = 1 - np.array(policy.keep) / self.channels
         error = float((removed**2 * weights).sum() / weights.sum() * 0.8)
-        metrics = {"error": error, "loss": 2 * error, "divergence": 3 * error}
+        metrics = {"error": error, "loss": 2 * error, "margin": error, "divergence": 3 * error}
         return Measurement(policy=policy, status=Status.OK, metrics=metrics, seconds=seconds)
 
 
@@ -149,20 +151,28 @@ def first_population(assembled: Assembled) -> list[Policy]:
 
 def make_algorithm(assembled: Assembled) -> Any:
     none = np.empty((0, assembled.space.n_genes))
-    return algorithm_of(assembled.recipe, assembled.space, assembled.goals, none)
+    table = assembled.workload.plan.table
+    return algorithm_of(assembled.recipe, assembled.space, assembled.goals, table, none)
 
 
-Score = Callable[[Sequence[Policy], Record, Stop], None]
+Score = Callable[..., None]
 
 
 def search(
-    assembled: Assembled, ledger: Ledger, score: Score, budget: int, seen: Any = None
+    assembled: Assembled,
+    ledger: Ledger,
+    score: Score,
+    budget: int,
+    seen: Any = None,
+    *,
+    overlap: bool = False,
 ) -> None:
     scoring = Scoring(
         table=assembled.workload.plan.table,
         goals=assembled.goals,
         worst=assembled.facts()["worst"],
         score=score,
+        overlap=overlap,
     )
     Search(assembled.space, make_algorithm(assembled), scoring, ledger).run(budget, seen)
 
@@ -238,7 +248,8 @@ def sleepers(workers: int) -> RayTransport:
     """So many workers in two processes, on a cluster that is there already."""
     import ray
 
-    remote = ray.remote(num_cpus=0, max_concurrency=2 * workers)(Sleeper)
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 2 * workers}
+    remote: Any = ray.remote(**options)(Sleeper)
     actors = [remote.remote() for _ in range(2)]
     ray.get([actor.ready.remote() for actor in actors])
     turns = iter(range(10**9))
@@ -277,16 +288,28 @@ class Cluster:
     transport: Transport
     seconds: Durations
     generations: list[list[float]] = field(default_factory=list)
+    total: float = 0.0
+    """Seconds of all that landed."""
 
     def __post_init__(self) -> None:
         self._dispatcher = Dispatcher(self.transport, TIMEOUT_S)
 
     def score(
-        self, policies: Sequence[Policy], record: Record, stop: Stop, races: Races = NO_RACES
+        self,
+        policies: Sequence[Policy],
+        record: Record,
+        stop: Stop,
+        races: Races = NO_RACES,
+        ahead: Sequence[Policy] = (),
     ) -> None:
         """See Pool."""
         self.generations.append([self.seconds(policy) for policy in policies])
-        self._dispatcher.score(policies, record, stop, races)
+
+        def landed(measurement: Measurement) -> None:
+            self.total += self.seconds(measurement.policy)
+            record(measurement)
+
+        self._dispatcher.score(policies, landed, stop, races, ahead)
 
     def walls(self) -> dict[str, float]:
         """Seconds that the same candidates take a driver without costs.
@@ -378,12 +401,14 @@ def busy(
         Ledger.create(Path(folder), {}) as ledger,
     ):
         start, cpu = time.perf_counter(), time.process_time()
-        search(assembled, ledger, cluster.score, budget)
+        search(assembled, ledger, cluster.score, budget, overlap=size.overlap)
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-    total = sum(sum(seconds) for seconds in cluster.generations)
-    shares = {name: total / (workers * seconds) for name, seconds in cluster.walls().items()}
+    total = cluster.total
+    # With overlap a call to score is no generation.
+    walls = {} if size.overlap else cluster.walls()
+    shares = {name: total / (workers * seconds) for name, seconds in walls.items()}
     return {
-        "kind": kind,
+        "kind": f"{kind} + overlap" if size.overlap else kind,
         "workers": workers,
         "population": size.population,
         "candidates": budget,
@@ -404,6 +429,7 @@ class Size:
     workers: int
     generations: int
     population: int = POPULATION
+    overlap: bool = False
 
 
 def clusters(
@@ -431,7 +457,7 @@ def clusters(
             row["population"],
             row["candidates"],
             f"{row['busy_share']:.1%}",
-            *(f"{share:.1%}" for share in row["possible_share"].values()),
+            *([f"{share:.1%}" for share in row["possible_share"].values()] or ["", "", ""]),
             row["driver_ms_per_candidate"],
             row["driver_cpu_ms_per_candidate"],
             row["load"],
@@ -451,7 +477,7 @@ def grow(assembled: Assembled, run: Path, n: int) -> dict[str, Any]:
     process = psutil.Process()
     samples: list[tuple[int, float]] = []
 
-    def score(policies: Sequence[Policy], record: Record, _stop: Stop, _races: Races) -> None:
+    def score(policies: Sequence[Policy], record: Record, *_: object) -> None:
         for policy in policies:
             record(formula(policy, 0.5))
 
@@ -506,7 +532,7 @@ def time_resume(run: Path, n: int) -> None:
         replay.extend([time.perf_counter(), time.process_time()])
         return drive(*arguments)
 
-    run_module._drive = timed
+    run_module._drive = timed  # type: ignore[assignment]
     try:
         resume(run, Watch(), evaluations=n + POPULATION)
     except Ready:
@@ -575,12 +601,17 @@ def main() -> None:
     if "busy" in only:
         seconds, found["durations"] = fit(assembled, 4 if quick else 12, options.seconds)
         found["ray_costs_spent"] = costs
-        sizes = [Size("alarms", 64, 1), Size("alarms", 256, 2)]
+        sizes = [
+            Size("alarms", 64, 1),
+            Size("alarms", 256, 2),
+            Size("alarms", 256, 4, overlap=True),
+        ]
         if not quick:
             sizes = [
                 Size("alarms", 16, 1),
                 Size("alarms", 64, 3),
                 Size("alarms", 256, 6),
+                Size("alarms", 256, 12, overlap=True),
                 Size("alarms", 512, 6),
                 Size("ray", 256, 4),
                 Size("alarms", 256, 3, 2048),

@@ -276,7 +276,7 @@ def main() -> None:
             pixels["validation"].take(np.arange(validation)),
         )
     policies = random_policies(plan.table, options.blocks * options.policies)
-    rates: dict[str, list[float]] = {"Optuna and Torch-Pruning": []} | {n: [] for n in OURS}
+    rates: dict[str, list[float]] = {n: [] for n in ("Optuna and Torch-Pruning", *OURS)}
     study = optuna.create_study(
         directions=["minimize", "minimize"], sampler=optuna.samplers.NSGAIISampler(seed=0)
     )

@@ -116,6 +116,8 @@ class SearchRecipe(_Table):
     """Uniform ratios measured beside the search, for comparison; 0 for none."""
     racing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Chance that a candidate which nothing dominates is dropped early; 0 shows it all images."""
+    overlap: bool = False
+    """Ask for the next generation while the last candidates of one are measured; for clusters."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the algorithm."""
 

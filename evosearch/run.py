@@ -243,6 +243,7 @@ def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Obse
             score=pool.score,
             stop=stop,
             racing=assembled.recipe.search.racing,
+            overlap=assembled.recipe.search.overlap,
         )
         outcome = _search(assembled, ledger, scoring, observer, facts)
         if outcome.finished and assembled.recipe.search.baseline and outcome.evaluations:

@@ -5,6 +5,7 @@ ask again for what they asked before, and those answers are there at once.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,9 +31,19 @@ SEARCH, BASELINE = "search", "baseline"
 _FAILED_VIOLATION, _MAX_VIOLATION = 1e9, 1e6
 # So many asks in a row without a new policy mean that the space has no more to give.
 _STALLED_ASKS = 200
+_SPENT = "the budget is spent"
 
 FloatArray = NDArray[np.float64]
-Score = Callable[[Sequence[Policy], Callable[[Measurement], None], Callable[[], bool], Races], None]
+Score = Callable[
+    [
+        Sequence[Policy],
+        Callable[[Measurement], None],
+        Callable[[], bool],
+        Races,
+        Sequence[Policy],
+    ],
+    None,
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +74,7 @@ class Scoring:
         clock: Time stamp of landings.
         racing: Chance that a candidate is dropped early which nothing known dominates; 0 shows all
             validation images to everyone. Concerns the search alone, not the ladder beside it.
+        overlap: Ask for the next generation before the last one is complete.
     """
 
     table: GroupTable
@@ -72,6 +84,31 @@ class Scoring:
     stop: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.time
     racing: float = 0.0
+    overlap: bool = False
+
+
+@dataclass(kw_only=True)
+class _Ask:
+    """A generation that was asked for and not told yet.
+
+    Args:
+        policies, costs: In the algorithm's order; costs are `(macs, params)`.
+        digests: Of the policies.
+        paid: How many of them the budget pays for, being new.
+        cut_short: The budget does not reach for all: it is never told.
+        unknown: What is still to be measured, in the order of dispatch.
+        known: Measurements by digest.
+        races: Of those that were unknown when it was asked.
+    """
+
+    policies: Sequence[Policy]
+    costs: Sequence[tuple[int, int]]
+    digests: frozenset[str]
+    paid: int
+    cut_short: bool
+    unknown: dict[Policy, None]
+    known: dict[str, Measurement]
+    races: dict[Policy, Race]
 
 
 class Search:
@@ -98,12 +135,15 @@ class Search:
         self._scoring = scoring
         self._ledger = ledger
         self._track = track
-        # Of the current generation only: what a search holds must not grow with what it has done.
-        self._known: dict[str, Measurement] = {}
+        # Of the open asks only: what a search holds must not grow with what it has done.
+        self._open: deque[_Ask] = deque()
+        # Policies that the budget pays for, and how many of them are measured.
         self._paid: set[str] = set()
+        self._evaluations = 0
         racing = scoring.racing if track == SEARCH else 0.0
         self._bar = Bar(scoring.goals, racing) if racing else None
         self._terms = Terms.RACED if racing else Terms.FULL
+        self._asks = 0
         self._recorded_generations = ledger.generations() if track == SEARCH else 0
 
     def run(
@@ -119,31 +159,74 @@ class Search:
             ReplayMismatch: The algorithm asks for something else than it did before.
         """
         generation, idle_asks = 0, 0
-        while len(self._paid) < evaluations:
-            genomes = self._algorithm.ask()
-            if genomes is None:
-                return self._outcome(True, "the algorithm has nothing more to ask")
-            policies = self._space.decode(genomes)
-            costs = self._costs(policies)
-            self._remember_ask(generation, policies, costs)
-            self._known = self._ledger.known(policies, terms=self._terms)
-            before = len(self._paid)
-            complete = self._measure(policies, costs, evaluations, on_landing)
-            if not complete:
-                stopped = len(self._paid) < evaluations
-                return self._outcome(not stopped, "stopped" if stopped else "the budget is spent")
-            objectives, violations = self._answers(policies, costs)
+        while True:
+            # Before anything was told, there is nothing to breed a second generation from.
+            ahead = self._scoring.overlap and generation > 0
+            while (
+                len(self._open) <= ahead
+                and len(self._paid) < evaluations
+                and self._ask(evaluations)
+            ):
+                pass
+            if not self._open:
+                spent = len(self._paid) >= evaluations
+                return self._outcome(
+                    True, _SPENT if spent else "the algorithm has nothing more to ask"
+                )
+            ask = self._open[0]
+            self._measure(ask, on_landing)
+            if ask.unknown:
+                return self._outcome(False, "stopped")
+            if ask.cut_short:
+                return self._outcome(True, _SPENT)
+            self._open.popleft()
+            objectives, violations = self._answers(ask)
             self._algorithm.tell(objectives, violations)
-            self._raise_bar(policies, objectives, violations)
+            self._raise_bar(ask, objectives, violations)
             self._remember_population(generation)
             generation += 1
-            idle_asks = idle_asks + 1 if len(self._paid) == before else 0
+            idle_asks = 0 if ask.paid else idle_asks + 1
             if idle_asks >= _STALLED_ASKS:
                 return self._outcome(True, f"no new policy in {_STALLED_ASKS} generations")
-        return self._outcome(True, "the budget is spent")
 
     def _outcome(self, finished: bool, reason: str) -> Outcome:
-        return Outcome(evaluations=len(self._paid), finished=finished, reason=reason)
+        return Outcome(evaluations=self._evaluations, finished=finished, reason=reason)
+
+    def _ask(self, evaluations: int) -> bool:
+        """Opens another ask; False if there is none."""
+        genomes = self._algorithm.ask()
+        if genomes is None:
+            return False
+        policies = self._space.decode(genomes)
+        costs = self._costs(policies)
+        self._remember_ask(self._asks, policies, costs)
+        self._asks += 1
+        wanted: dict[Policy, int] = {}
+        for policy, cost in zip(policies, costs, strict=True):
+            if policy.digest not in self._paid and self._scoring.goals.affordable(
+                self._shares(cost)
+            ):
+                wanted.setdefault(policy, cost[0])
+        paid = list(wanted)[: evaluations - len(self._paid)]
+        self._paid.update(policy.digest for policy in paid)
+        known = self._ledger.known(policies, terms=self._terms)
+        self._evaluations += sum(policy.digest in known for policy in paid)
+        # The most expensive first, so that no scorer starts a long one when others are done.
+        unknown = [policy for policy in paid if policy.digest not in known]
+        unknown.sort(key=lambda policy: (-wanted[policy], policy.digest))
+        self._open.append(
+            _Ask(
+                policies=policies,
+                costs=costs,
+                digests=frozenset(policy.digest for policy in policies),
+                paid=len(paid),
+                cut_short=len(paid) < len(wanted),
+                unknown=dict.fromkeys(unknown),
+                known=known,
+                races=self._races(policies, costs, unknown),
+            )
+        )
+        return True
 
     def _costs(self, policies: Sequence[Policy]) -> list[tuple[int, int]]:
         macs, params = self._scoring.table.costs_of(policies)
@@ -167,39 +250,24 @@ class Search:
         if not recorded:
             self._ledger.record_ask(self._track, generation, policies, costs)
 
-    def _measure(
-        self,
-        policies: Sequence[Policy],
-        costs: Sequence[tuple[int, int]],
-        evaluations: int,
-        on_landing: Callable[[Measurement, int], None] | None,
-    ) -> bool:
-        """Makes all affordable policies known within the budget; False if some are left out."""
-        wanted: dict[Policy, int] = {}
-        for policy, cost in zip(policies, costs, strict=True):
-            if policy.digest not in self._paid and self._scoring.goals.affordable(
-                self._shares(cost)
-            ):
-                wanted.setdefault(policy, cost[0])
-        left = evaluations - len(self._paid)
-        within = list(wanted)[:left]
-        self._paid.update(p.digest for p in within if p.digest in self._known)
-        unknown = [policy for policy in within if policy.digest not in self._known]
+    def _measure(self, ask: "_Ask", on_landing: Callable[[Measurement, int], None] | None) -> None:
+        """Makes what an ask pays for known, unless the search is stopped."""
 
         def record(measurement: Measurement) -> None:
             self._ledger.record(measurement, self._scoring.clock(), terms=self._terms)
-            self._known[measurement.policy.digest] = measurement
-            self._paid.add(measurement.policy.digest)
+            self._evaluations += 1
+            # The next ask may hold the same policy, which is paid for once.
+            for other in self._open:
+                if measurement.policy.digest in other.digests:
+                    other.known[measurement.policy.digest] = measurement
+                    other.unknown.pop(measurement.policy, None)
             if on_landing:
-                on_landing(measurement, len(self._paid))
+                on_landing(measurement, self._evaluations)
 
-        if unknown and not self._scoring.stop():
-            # The most expensive first, so that no scorer starts a long one when others are done.
-            unknown.sort(key=lambda policy: (-wanted[policy], policy.digest))
-            self._scoring.score(
-                unknown, record, self._scoring.stop, self._races(policies, costs, unknown)
-            )
-        return len(within) == len(wanted) and all(p.digest in self._known for p in within)
+        if ask.unknown and not self._scoring.stop():
+            ahead = [policy for other in self._open if other is not ask for policy in other.unknown]
+            races = {policy: race for other in self._open for policy, race in other.races.items()}
+            self._scoring.score(list(ask.unknown), record, self._scoring.stop, races, ahead)
 
     def _races(
         self,
@@ -212,24 +280,20 @@ class Search:
         shares = dict(zip(policies, map(self._shares, costs), strict=True))
         return {policy: self._bar.race(shares[policy]) for policy in unknown}
 
-    def _raise_bar(
-        self, policies: Sequence[Policy], objectives: FloatArray, violations: FloatArray
-    ) -> None:
+    def _raise_bar(self, ask: "_Ask", objectives: FloatArray, violations: FloatArray) -> None:
         if self._bar is None:
             return
-        rows = [row for row, policy in enumerate(policies) if policy.digest in self._known]
-        known = [self._known[policies[row].digest] for row in rows]
+        rows = [row for row, policy in enumerate(ask.policies) if policy.digest in ask.known]
+        known = [ask.known[ask.policies[row].digest] for row in rows]
         self._bar.raise_by(known, objectives[rows], violations[rows])
 
-    def _answers(
-        self, policies: Sequence[Policy], costs: Sequence[tuple[int, int]]
-    ) -> tuple[FloatArray, FloatArray]:
+    def _answers(self, ask: "_Ask") -> tuple[FloatArray, FloatArray]:
         """Objectives, and violations with a last column for failures."""
         goals, worst = self._scoring.goals, self._scoring.worst
         objectives, violations = [], []
-        for policy, cost in zip(policies, costs, strict=True):
+        for policy, cost in zip(ask.policies, ask.costs, strict=True):
             shares = self._shares(cost)
-            measurement = self._known.get(policy.digest)
+            measurement = ask.known.get(policy.digest)
             metrics = measurement.metrics if measurement else {}
             failed = _FAILED_VIOLATION if measurement and measurement.failed else 0.0
             objectives.append(goals.vector({**worst, **shares, **metrics}))

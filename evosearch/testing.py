@@ -333,14 +333,53 @@ class AlgorithmContract(ABC):
             one, other = self._converse(self.make(1)), self._converse(self.make(2))
             assert not self._same(one, other), "two seeds gave the same search"
 
-    def test_asking_twice_is_an_error(self) -> None:
-        """Order."""
+    def test_asking_twice_at_first_is_an_error(self) -> None:
+        """Order: nothing was told that a second ask could rest on."""
         import pytest
 
         algorithm = self.make(1)
         algorithm.ask()
         with pytest.raises(RuntimeError, match="ask"):
             algorithm.ask()
+
+    def test_asking_two_ahead_is_an_error(self) -> None:
+        """Order: one ask ahead, no more."""
+        import pytest
+
+        algorithm = self.make(1)
+        genomes = algorithm.ask()
+        assert genomes is not None
+        algorithm.tell(*self._answer(genomes))
+        assert algorithm.ask() is not None
+        if algorithm.ask() is not None:
+            with pytest.raises(RuntimeError, match="ask"):
+                algorithm.ask()
+
+    def test_it_can_be_asked_one_ahead(self) -> None:
+        """Answers go to the oldest open ask; told the same, it asks the same."""
+        told = [self._converse_ahead(self.make(7)) for _ in range(2)]
+        assert len(told[0]) >= 6
+        assert all(map(np.array_equal, *told))
+
+    def _converse_ahead(self, algorithm: Algorithm) -> list[FloatArray]:
+        """Genomes of all asks, each made before the one before it was told."""
+        asked: list[FloatArray] = []
+        waiting: list[FloatArray] = []
+        while len(asked) < self._GENERATIONS:
+            genomes = algorithm.ask()
+            if genomes is None and not waiting:
+                break
+            if genomes is not None:
+                self._check_genomes(genomes)
+                asked.append(genomes.copy())
+                waiting.append(genomes)
+            # The very first is told at once.
+            while waiting and (len(waiting) == 2 or len(asked) == 1 or genomes is None):
+                oldest = waiting.pop(0)
+                objectives, violations = self._answer(oldest)
+                algorithm.tell(objectives, violations)
+                self._check_genomes(algorithm.population.genomes)
+        return asked
 
     def test_telling_without_asking_is_an_error(self) -> None:
         """Order, before the first ask and after an answered one."""

@@ -10,6 +10,8 @@ References:
     [Kukkonen2005] S. Kukkonen, J. Lampinen, "GDE3", IEEE CEC 2005.
 """
 
+from collections import deque
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,20 +52,23 @@ class SelfAdaptive:
         self._next = initial.copy()
         self._members: Population | None = None
         self._own = np.tile([f, cr], (len(initial), 1))
-        self._trial_own = self._own
+        self._open: deque[FloatArray] = deque()
 
     def ask(self) -> FloatArray:
         """The next genomes: the first population, then a trial for each member."""
         self._guard.before_ask()
+        own = self._own
         if self._members is not None:
-            self._next = self._trials(self._members.genomes)
+            self._next, own = self._trials(self._members.genomes)
+        self._open.append(own)
         return self._guard.ask(self._next)
 
-    def _trials(self, targets: FloatArray) -> FloatArray:
+    def _trials(self, targets: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """A trial for each target, and the F and CR that it inherits."""
         rng, (n, n_genes) = self._rng, targets.shape
         fresh = np.stack([_LEAST_F + _F_RANGE * rng.random(n), rng.random(n)], axis=1)
-        self._trial_own = np.where(rng.random((n, 2)) < _RENEWAL, fresh, self._own)
-        f, cr = self._trial_own.T[:, :, None]
+        own = np.where(rng.random((n, 2)) < _RENEWAL, fresh, self._own)
+        f, cr = own.T[:, :, None]
         # Three others for each target: ranks of random numbers, the target's own being last.
         keys = rng.random((n, n))
         np.fill_diagonal(keys, 2.0)
@@ -73,11 +78,12 @@ class SelfAdaptive:
         donors = np.where(donors < 0, a / 2, np.where(donors > 1, (a + 1) / 2, donors))
         crossed = rng.random((n, n_genes)) < cr
         crossed[np.arange(n), rng.integers(n_genes, size=n)] = True
-        return np.asarray(np.where(crossed, donors, targets))
+        return np.where(crossed, donors, targets), own
 
     def tell(self, objectives: FloatArray, violations: FloatArray) -> None:
-        """Results of all genomes of the last ask, in its order."""
+        """Results of all genomes of the oldest open ask, in its order."""
         genomes = self._guard.tell(objectives, violations)
+        trial_own = self._open.popleft()
         told = Population(genomes.copy(), objectives.copy(), violations.copy())
         if self._members is None:
             self._members = told
@@ -90,7 +96,7 @@ class SelfAdaptive:
         # A trial that replaces its target takes its place.
         kept = kept[np.lexsort((kept, kept % n))]
         self._members = both.taken(kept)
-        self._own = np.concatenate([self._own, self._trial_own])[kept]
+        self._own = np.concatenate([self._own, trial_own])[kept]
 
     @property
     def population(self) -> Population:

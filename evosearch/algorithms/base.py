@@ -1,5 +1,6 @@
 """The role of an algorithm: it asks for genomes and is told what they were worth."""
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,18 +68,24 @@ class Algorithm(Protocol):
     **Determinism.** Made alike and told the same, it asks the same, bit for bit. Resuming a
     search is replaying it, so this is what a resumed search rests on.
     **Order.** `tell` takes results in the order in which `ask` gave the genomes.
+    **One ahead.** After the first tell it may be asked once more while an ask is open, so that
+    scorers have something to do when the last candidates of a generation are still measured. Asks
+    are then answered in their order.
     **Finiteness.** It need not cope with NaN or infinity: nobody tells it any.
     """
 
     def ask(self) -> FloatArray | None:
-        """The next `(n, n_genes)` genomes in [0, 1]; None when there is nothing left to ask.
+        """The next `(n, n_genes)` genomes in [0, 1].
+
+        Returns:
+            None when there is nothing left to ask; or nothing yet, if an ask is open.
 
         Raises:
-            RuntimeError: The last ask was not answered yet.
+            RuntimeError: Two asks are open, or the very first one is.
         """
 
     def tell(self, objectives: FloatArray, violations: FloatArray) -> None:
-        """Results of all genomes of the last ask.
+        """Results of all genomes of the oldest open ask.
 
         Raises:
             RuntimeError: Nothing was asked.
@@ -90,7 +97,7 @@ class Algorithm(Protocol):
 
 
 class AskTellGuard:
-    """Keeps asks and tells in turn, and checks what is told.
+    """Keeps asks and tells in order, one ask ahead at most, and checks what is told.
 
     Args:
         n_objectives: Columns of objectives.
@@ -100,26 +107,27 @@ class AskTellGuard:
     def __init__(self, n_objectives: int, n_constraints: int) -> None:
         self._n_objectives = n_objectives
         self._n_constraints = n_constraints
-        self._asked: FloatArray | None = None
+        self._open: deque[FloatArray] = deque()
+        self._told = False
 
     def ask(self, genomes: FloatArray) -> FloatArray:
         """Notes what is asked for, and returns a copy that the caller may keep."""
-        self._asked = genomes
+        self._open.append(genomes)
         return genomes.copy()
 
     def before_ask(self) -> None:
-        """Refuses an ask while another is open."""
-        if self._asked is not None:
-            raise RuntimeError("ask() called twice without tell()")
+        """Refuses an ask while two are open, or the very first one is."""
+        if len(self._open) > self._told:
+            raise RuntimeError("ask() called without tell(); one ask ahead is possible, later")
 
     def tell(self, objectives: FloatArray, violations: FloatArray) -> FloatArray:
         """Checks the answer and returns the genomes it belongs to."""
-        if self._asked is None:
+        if not self._open:
             raise RuntimeError("tell() called without ask()")
-        asked = self._asked
+        asked = self._open[0]
         check_shape(objectives, "objectives", (len(asked), self._n_objectives))
         check_shape(violations, "violations", (len(asked), self._n_constraints))
         check_finite(objectives, "objectives")
         check_finite(violations, "violations")
-        self._asked = None
-        return asked
+        self._told = True
+        return self._open.popleft()

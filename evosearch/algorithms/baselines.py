@@ -19,7 +19,7 @@ class Survivors:
         self._kept: Population | None = None
 
     def tell(self, objectives: FloatArray, violations: FloatArray) -> None:
-        """Results of all genomes of the last ask."""
+        """Results of all genomes of the oldest open ask."""
         self._take(objectives, violations)
 
     def _take(self, objectives: FloatArray, violations: FloatArray) -> FloatArray:

@@ -16,6 +16,7 @@ References:
     [Kukkonen2005] S. Kukkonen, J. Lampinen, "GDE3", IEEE CEC 2005.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -185,26 +186,28 @@ class Evolution:
         self._algorithm.termination = NoTermination()
         self._algorithm.setup(problem, seed=seed, termination=NoTermination())
         self._guard = AskTellGuard(n_objectives, n_constraints)
-        self._asked: Any = None
+        self._open: deque[Any] = deque()
 
     def ask(self) -> FloatArray | None:
         """The next genomes; None when the algorithm finds no new ones."""
         self._guard.before_ask()
-        self._asked = self._algorithm.ask()
-        if self._asked is None or not len(self._asked):
+        asked = self._algorithm.ask()
+        if asked is None or not len(asked):
             return None
-        genomes = np.asarray(self._asked.get("X"), dtype=np.float64)
+        self._open.append(asked)
+        genomes = np.asarray(asked.get("X"), dtype=np.float64)
         # Donors may leave the box by a rounding error.
         return self._guard.ask(np.clip(genomes, 0.0, 1.0))
 
     def tell(self, objectives: FloatArray, violations: FloatArray) -> None:
-        """Results of all genomes of the last ask, in its order."""
+        """Results of all genomes of the oldest open ask, in its order."""
         self._guard.tell(objectives, violations)
-        self._asked.set("F", objectives)
-        self._asked.set("G", violations)
-        for individual in self._asked:
+        asked = self._open.popleft()
+        asked.set("F", objectives)
+        asked.set("G", violations)
+        for individual in asked:
             individual.evaluated.update(("F", "G", "H"))
-        self._algorithm.tell(infills=self._asked)
+        self._algorithm.tell(infills=asked)
 
     @property
     def population(self) -> Population:

@@ -69,7 +69,7 @@ class SensitivitySweep(Survivors):
         self._sweep_size = len(sweep)
 
     def ask(self) -> FloatArray | None:
-        """The next genomes, None after the last rung."""
+        """The next genomes; None after the last rung, or while the sweep is not told yet."""
         self._guard.before_ask()
         if not len(self._left):
             return None
@@ -77,7 +77,7 @@ class SensitivitySweep(Survivors):
         return self._guard.ask(part)
 
     def tell(self, objectives: FloatArray, violations: FloatArray) -> None:
-        """Results of all genomes of the last ask."""
+        """Results of all genomes of the oldest open ask."""
         genomes = self._take(objectives, violations)
         if self._rises is None:
             return

@@ -107,6 +107,7 @@ class SurrogateSearch(Survivors):
         self._initial: FloatArray | None = initial.copy()
         # Genome, objectives and violations of each policy.
         self._told: dict[Policy, list[FloatArray]] = {}
+        self._asked: set[Policy] = set()
 
     def ask(self) -> FloatArray:
         """The next genomes."""
@@ -116,10 +117,11 @@ class SurrogateSearch(Survivors):
         else:
             self._fit()
             genomes = self._choose(self._breed())
+        self._asked.update(self._space.decode(genomes))
         return self._guard.ask(genomes)
 
     def tell(self, objectives: FloatArray, violations: FloatArray) -> None:
-        """Results of all genomes of the last ask."""
+        """Results of all genomes of the oldest open ask."""
         genomes = self._take(objectives, violations)
         for policy, *row in zip(
             self._space.decode(genomes), genomes, objectives, violations, strict=True
@@ -156,7 +158,7 @@ class SurrogateSearch(Survivors):
         improvement = Improvement(archive.objectives, archive.violations)
         pool = archive.best(_PARENTS * self._size)
         new = pool.taken(np.empty(0, dtype=np.int64))
-        seen = set(self._told)
+        seen = set(self._asked)
         for _ in range(int(options.generations)):
             parents = moves.indices(pool.genomes)
             children = moves.genomes(self._children(parents, int(options.offspring) * self._size))

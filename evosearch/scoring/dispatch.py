@@ -93,30 +93,56 @@ class Dispatcher:
         self._starting: dict[Hashable, _Start] = {}
         self._waiting: deque[tuple[Policy, int]] = deque()
         self._races: Races = {}
+        self._open: set[Policy] = set()
+        # Of policies that wait for another try, which may be in a later call.
+        self._attempts: dict[Policy, int] = {}
         # In the order of dispatch, which is the order of deadlines, too.
         self._flying: dict[Hashable, _Flight] = {}
 
     def score(
-        self, policies: Sequence[Policy], record: Record, stop: Stop, races: Races = NO_RACES
+        self,
+        policies: Sequence[Policy],
+        record: Record,
+        stop: Stop,
+        races: Races = NO_RACES,
+        ahead: Sequence[Policy] = (),
     ) -> None:
-        """Scores all policies.
+        """Scores all policies; see `Pool.score`. What was sent ahead earlier is not sent again.
 
         Raises:
             BackendError: No worker is left, and none can be started.
         """
-        self._waiting = deque((policy, 1) for policy in policies)
+        flying = {flight.policy for flight in self._flying.values()}
+        self._waiting = deque(
+            (policy, self._attempts.get(policy, 1))
+            for policy in (*policies, *ahead)
+            if policy not in flying
+        )
+        self._open = set(policies)
         self._races = races
         self._dispatch(stop)
-        while self._flying or (self._waiting and not stop()):
+        while self._unfinished(stop):
             for handle in self._wait():
                 measurement = self._land(handle)
                 # The worker first: it need not wait for the disk.
                 self._dispatch(stop)
                 if measurement:
-                    record(measurement)
+                    self._record(measurement, record)
             for measurement in self._overdue():
-                record(measurement)
+                self._record(measurement, record)
             self._dispatch(stop)
+
+    def _unfinished(self, stop: Stop) -> bool:
+        """Once stopped, what is under way is finished; else what was asked for, not what is ahead.
+
+        A search that comes to its end has nothing ahead: then nothing is left flying.
+        """
+        return bool(self._flying) if stop() else bool(self._open)
+
+    def _record(self, measurement: Measurement, record: Record) -> None:
+        self._open.discard(measurement.policy)
+        self._attempts.pop(measurement.policy, None)
+        record(measurement)
 
     def _dispatch(self, stop: Stop) -> None:
         while self._idle and self._waiting and not stop():
@@ -162,6 +188,7 @@ class Dispatcher:
         except WorkerLost as exc:
             self._replace(flight.worker)
             if flight.attempt < _CANDIDATE_TRIES:
+                self._attempts[flight.policy] = flight.attempt + 1
                 self._waiting.appendleft((flight.policy, flight.attempt + 1))
                 return None
             return Measurement(

@@ -47,7 +47,12 @@ class Pool(Protocol):
     """Scores policies and reports each measurement the moment it lands."""
 
     def score(
-        self, policies: Sequence[Policy], record: Record, stop: Stop, races: Races = NO_RACES
+        self,
+        policies: Sequence[Policy],
+        record: Record,
+        stop: Stop,
+        races: Races = NO_RACES,
+        ahead: Sequence[Policy] = (),
     ) -> None:
         """Scores all policies, the given order being the order of dispatch.
 
@@ -57,6 +62,8 @@ class Pool(Protocol):
             stop: Asked before each dispatch; once true, what is in flight is finished and
                 recorded, and the rest is left.
             races: Who may beat which policy before it has seen all images.
+            ahead: What will be asked for next; begun where a scorer has nothing else to do. It may
+                land in this call, or in a later one that asks for it.
         """
 
     def close(self) -> None:
@@ -70,7 +77,12 @@ class InProcessPool:
         self._scorer = Scorer(workload, device)
 
     def score(
-        self, policies: Sequence[Policy], record: Record, stop: Stop, races: Races = NO_RACES
+        self,
+        policies: Sequence[Policy],
+        record: Record,
+        stop: Stop,
+        races: Races = NO_RACES,
+        ahead: Sequence[Policy] = (),  # noqa: ARG002  one scorer always has something to do
     ) -> None:
         """See Pool."""
         for policy in policies:
@@ -198,10 +210,15 @@ class RayPool:
                 ) from exc
 
     def score(
-        self, policies: Sequence[Policy], record: Record, stop: Stop, races: Races = NO_RACES
+        self,
+        policies: Sequence[Policy],
+        record: Record,
+        stop: Stop,
+        races: Races = NO_RACES,
+        ahead: Sequence[Policy] = (),
     ) -> None:
         """See Pool."""
-        self._dispatcher.score(policies, record, stop, races)
+        self._dispatcher.score(policies, record, stop, races, ahead)
 
     def close(self) -> None:
         """Stops the scorers, and the cluster if it was started here."""

@@ -246,3 +246,73 @@ def test_no_worker_idles_while_something_waits(seconds: list[float], workers: in
     bound = sum(seconds) / workers + max(seconds) * (1 - 1 / workers)
     assert bench.clock.now() <= bound + 1e-6
     assert bench.cluster.busy_s == pytest.approx(sum(seconds))
+
+
+# --- what is ahead
+
+
+def test_what_is_ahead_fills_workers_that_have_nothing_to_do() -> None:
+    bench = Bench(2, lambda p: takes(10.0 if p.keep[0] == 2 else 1.0)(p))
+    now, later = policies(6)[:2], policies(6)[2:]
+    record, never = bench._record, lambda: False
+    bench.dispatcher.score(now, record, never, ahead=later)
+    assert bench.clock.now() == 10
+    assert [m.policy.keep[0] for _, m in bench.landed] == [1, 3, 4, 5, 6, 2]
+    bench.dispatcher.score([], record, never)
+    assert bench.clock.now() == 10
+
+
+def test_what_is_still_flying_is_not_sent_again() -> None:
+    bench = Bench(2, lambda p: takes(float(p.keep[0]))(p))
+    first, second, third = (policies(6)[i : i + 2] for i in (0, 2, 4))
+    record, never = bench._record, lambda: False
+    bench.dispatcher.score(first, record, never, ahead=second)
+    assert bench.clock.now() == 2  # 3 and 4 have begun
+    bench.dispatcher.score(second, record, never, ahead=third)
+    bench.dispatcher.score(third, record, never)
+    assert sorted(k for _, k in bench.sent) == [1, 2, 3, 4, 5, 6]
+    assert sorted(m.policy.keep[0] for _, m in bench.landed) == [1, 2, 3, 4, 5, 6]
+
+
+def test_stop_finishes_what_was_begun_ahead() -> None:
+    bench = Bench(3, takes(2.0))
+    bench.dispatcher.score(
+        policies(1), bench._record, lambda: bool(bench.landed), ahead=policies(9)[1:]
+    )
+    assert sorted(m.policy.keep[0] for _, m in bench.landed) == sorted(k for _, k in bench.sent)
+    assert len(bench.landed) >= 3
+
+
+def test_policy_ahead_whose_worker_died_has_one_try_left_later() -> None:
+    bench = Bench(1, lambda p: Fate(seconds=1, measurement=None if p.keep[0] == 2 else measured(p)))
+    record, never = bench._record, lambda: False
+    first, second = policies(2)
+    bench.dispatcher.score([first], record, never, ahead=[second])
+    bench.dispatcher.score([second], record, never)
+    assert Counter(k for _, k in bench.sent) == {1: 1, 2: 2}
+    assert bench.landed[-1][1].status is Status.WORKER_LOST
+
+
+@given(
+    workers=st.integers(1, 9),
+    seconds=st.lists(st.floats(0.01, 20), min_size=1, max_size=60),
+    size=st.integers(1, 12),
+)
+def test_overlapping_generations_measure_each_policy_once(
+    workers: int, seconds: list[float], size: int
+) -> None:
+    everybody = policies(len(seconds))
+    bench = Bench(workers, lambda p: takes(seconds[p.keep[0] - 1])(p))
+    parts = [everybody[i : i + size] for i in range(0, len(everybody), size)]
+    landed: list[int] = []
+    for part, ahead in zip(parts, [*parts[1:], []], strict=True):
+        missing = [policy for policy in part if policy.keep[0] not in landed]
+        bench.dispatcher.score(
+            missing,
+            lambda m: landed.append(m.policy.keep[0]),
+            lambda: False,
+            ahead=[policy for policy in ahead if policy.keep[0] not in landed],
+        )
+        assert {policy.keep[0] for policy in part} <= set(landed)
+    assert sorted(landed) == [policy.keep[0] for policy in everybody]
+    assert len(bench.sent) == len(everybody)

@@ -309,6 +309,7 @@ RELEVANT = {
     "search.seed_share": 0.3,
     "search.baseline": 3,
     "search.racing": 0.1,
+    "search.overlap": True,
     "search.options": {"f": 1.0},
     "proxy.name": "raw",
     "proxy.criterion": "l1",

@@ -79,6 +79,7 @@ class Bench:
         scored: Every policy in the order in which it was scored.
         interrupt_at: Counts of measurements at which `stop` becomes true, once each.
         racing: Error rate of races; those are run on numbers like those of images.
+        overlap: Whether generations overlap.
     """
 
     run: Path
@@ -92,6 +93,7 @@ class Bench:
     scored: list[Policy] = field(default_factory=list)
     interrupt_at: list[int] = field(default_factory=list)
     racing: float = 0.0
+    overlap: bool = False
     _stopping: bool = False
 
     def _stop(self) -> bool:
@@ -106,13 +108,19 @@ class Bench:
         record: Callable[[Measurement], None],
         stop: Callable[[], bool],
         races: Races,
+        ahead: Sequence[Policy],
     ) -> None:
-        assert set(races) == (set(policies) if self.racing else set())
-        for policy in policies:
+        assert set(races) >= (set(policies) if self.racing else set())
+        assert bool(races) == (self.racing > 0)
+        # What is ahead lands among the others, as it may on a cluster.
+        others = list(ahead)
+        for number, policy in enumerate(policies):
             if stop():
                 return
-            self.scored.append(policy)
-            record(raced(policy, races[policy]) if races else self.score(policy))
+            chosen = [policy, others.pop(0)] if others and number % 3 == 1 else [policy]
+            for each in chosen:
+                self.scored.append(each)
+                record(raced(each, races[each]) if races else self.score(each))
 
     def search(
         self,
@@ -141,6 +149,7 @@ class Bench:
             stop=self._stop,
             clock=lambda: 0.0,
             racing=self.racing,
+            overlap=self.overlap,
         )
         with self.ledger(write=True) as ledger:
             search = Search(space, algorithm, scoring, ledger, self.track)
@@ -516,3 +525,71 @@ def test_ladder_beside_a_search_with_races_is_measured_in_full(bench: Bench) -> 
     again = [e.measurement for e in bench.entries() if e.policy in lost]
     assert again
     assert all(found is not None and not found.blocks and found.ok for found in again)
+
+
+# --- overlapping generations
+
+
+@every_algorithm
+@pytest.mark.parametrize("seed", range(2))
+def test_stopped_search_with_overlap_ends_as_if_never_stopped(
+    folder: Path, algorithm: str, seed: int
+) -> None:
+    whole, parts = (Bench(folder / n, algorithm, overlap=True) for n in ("whole", "parts"))
+    stops = np.random.default_rng(seed).choice(np.arange(40), 4, replace=False)
+    parts.interrupt_at = sorted(int(stop) for stop in stops)
+    for bench in (whole, parts):
+        bench.constraints = ["macs <= 0.7"]
+    assert whole.search(60).finished
+    for _ in range(5):
+        outcome = parts.search(60)
+    assert outcome.finished
+    assert parts.story() == whole.story()
+    # What was ahead when a search was stopped may land earlier or later than it would have.
+    assert sorted(p.digest for p in parts.scored) == sorted(p.digest for p in whole.scored)
+
+
+@every_algorithm
+def test_larger_budget_later_is_the_same_with_overlap(folder: Path, algorithm: str) -> None:
+    once, later = (Bench(folder / n, algorithm, overlap=True) for n in ("once", "later"))
+    once.search(BUDGET)
+    for budget in (3, 8, 16, 21, BUDGET):
+        assert later.search(budget).evaluations == budget
+    assert later.story() == once.story()
+
+
+@pytest.mark.parametrize("algorithm", ["nsga2", "gde3", "level-switch", "surrogate"])
+def test_with_overlap_two_generations_are_asked_for_before_the_older_is_told(
+    folder: Path, algorithm: str
+) -> None:
+    bench = Bench(folder / "run", algorithm, overlap=True)
+    orders: list[tuple[list[Policy], list[Policy]]] = []
+    score = bench._score
+
+    def watching(policies: Sequence[Policy], *rest: Any) -> None:
+        orders.append((list(policies), list(rest[-1])))
+        score(policies, *rest)
+
+    bench._score = watching  # type: ignore[method-assign]
+    bench.search(60)
+    generation: dict[str, int] = {}
+    for number, digests in enumerate(bench.asks()):
+        for digest in digests:
+            generation.setdefault(digest, number)
+    # Nothing can be bred before the first generation is told.
+    assert not orders[0][1]
+    assert sum(bool(ahead) for _, ahead in orders) >= len(orders) / 2
+    for policies, ahead in orders[1:]:
+        now = {generation[policy.digest] for policy in policies}
+        assert {generation[policy.digest] for policy in ahead} <= {max(now) + 1}
+    assert bench.search(60).evaluations == 60
+
+
+def test_with_overlap_and_races_a_search_is_resumed_the_same(folder: Path) -> None:
+    whole, parts = (Bench(folder / n, overlap=True, racing=0.1) for n in ("whole", "parts"))
+    parts.interrupt_at = [7, 20, 33, 61]
+    whole.search(120)
+    for _ in range(5):
+        parts.search(120)
+    assert parts.story() == whole.story()
+    assert len(dropped(whole)) > 10
