@@ -24,6 +24,7 @@ it. The hypervolume's reference is fixed: the dense network's MACs, and outputs 
 import json
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -149,9 +150,13 @@ def scores_of(name: str, data: Path, cache: Path, workers: int) -> Scores:
 
 
 class Ours:
-    """One of our algorithms."""
+    """One of our algorithms; `ahead` asks for the next generation before the last one is told."""
 
     def __init__(self, task: "Task", seed: int, settings: dict[str, Any]) -> None:
+        settings = dict(settings)
+        self._depth = 2 if settings.pop("ahead", False) else 1
+        self._open: deque[FloatArray] = deque()
+        self._told = False
         self._space = task.space
         self._algorithm = make_algorithm(
             AlgorithmSettings(
@@ -165,10 +170,17 @@ class Ours:
 
     def ask(self) -> FloatArray | None:
         """A population."""
-        return self._algorithm.ask()
+        while len(self._open) < (self._depth if self._told else 1):
+            genomes = self._algorithm.ask()
+            if genomes is None:
+                break
+            self._open.append(genomes)
+        return self._open[0] if self._open else None
 
     def tell(self, objectives: FloatArray) -> None:
         """Both objectives of each; nothing is constrained and nothing fails."""
+        self._open.popleft()
+        self._told = True
         self._algorithm.tell(objectives, np.zeros((len(objectives), 1)))
 
 
@@ -201,6 +213,7 @@ POPULATION = 24
 REFERENCE = "optuna nsga2"
 METHODS: dict[str, tuple[type[Ours] | type[Optuna], dict[str, Any]]] = {
     "surrogate": (Ours, {"name": "surrogate"}),
+    "surrogate, overlapping": (Ours, {"name": "surrogate", "ahead": True}),
     "level-switch": (Ours, {"name": "level-switch"}),
     "gde3, self-adaptive": (Ours, {"name": "gde3", "options": {"adaptive": True}}),
     "gde3": (Ours, {"name": "gde3"}),

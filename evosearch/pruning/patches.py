@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from evosearch.pruning.cutting import CuttingPlan, LayerCut
 from evosearch.pruning.folding import Layout
+from evosearch.pruning.statistics import run_watched
 
 __all__ = ["Moments", "PatchCompensator", "patch_moments"]
 
@@ -64,11 +65,12 @@ class _PatchHook:
         self.total = torch.zeros(())
         self.products = torch.zeros(())
 
-    def __call__(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].detach()
-        if isinstance(layer, nn.Conv2d):
-            where = {"dilation": layer.dilation, "padding": layer.padding, "stride": layer.stride}
-            columns = F.unfold(x, layer.kernel_size, **where)  # type: ignore[arg-type]
+    def __call__(self, module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = next(iter((*inputs, *named.values()))).detach()
+        if isinstance(module, nn.Conv2d):
+            names = ("dilation", "padding", "stride")
+            how = {name: getattr(module, name) for name in names}
+            columns = F.unfold(x, module.kernel_size, **how)
             # Evenly spread over all rows and columns: a step that shares no factor with the width.
             step = max(1, columns.shape[2] // _POSITIONS) | 1
             rows = columns[:, :, ::step].transpose(1, 2).flatten(0, 1)
@@ -98,18 +100,12 @@ def patch_moments(
         left out.
     """
     layers = dict(module.named_modules())
-    hooks, handles = {}, []
-    for entry in plan.cuts:
-        if entry.in_axis is not None and _readable(layers[entry.name]):
-            hooks[entry.name] = _PatchHook()
-            handles.append(layers[entry.name].register_forward_pre_hook(hooks[entry.name]))
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                module(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = {
+        entry.name: _PatchHook()
+        for entry in plan.cuts
+        if entry.in_axis is not None and _readable(layers[entry.name])
+    }
+    run_watched(module, hooks, batches)
     return {name: hook.moments() for name, hook in hooks.items()}
 
 

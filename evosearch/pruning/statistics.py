@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.table import Axis
 
-__all__ = ["Units", "gram_matrices", "units_of"]
+__all__ = ["InputHook", "Units", "gram_matrices", "run_watched", "units_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,15 +81,37 @@ def gram_matrices(
         By layer name: `(n_units, n_units)` float64, the mean of x x^T over images and positions,
         a unit being an input channel.
     """
+    hooks = {
+        entry.name: _GramHook(units_of(plan.table.axes[entry.in_axis]))
+        for entry in plan.cuts
+        if entry.in_axis is not None
+    }
+    run_watched(module, hooks, batches)
+    return {name: (hook.total / max(hook.positions, 1)).numpy() for name, hook in hooks.items()}
+
+
+class InputHook(Protocol):
+    """Sees what a layer is called with."""
+
+    def __call__(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> None:
+        """Positional and named inputs."""
+
+
+def run_watched(module: nn.Module, hooks: Mapping[str, InputHook], batches: list[Tensor]) -> None:
+    """Runs a network over images while hooks see the inputs of some layers.
+
+    Args:
+        module: The network.
+        hooks: By layer name.
+        batches: Normalised images.
+    """
     layers = dict(module.named_modules())
-    hooks, handles = {}, []
-    for entry in plan.cuts:
-        if entry.in_axis is None:
-            continue
-        hooks[entry.name] = _GramHook(units_of(plan.table.axes[entry.in_axis]))
-        handles.append(
-            layers[entry.name].register_forward_pre_hook(hooks[entry.name], with_kwargs=True)
-        )
+    handles = [
+        layers[name].register_forward_pre_hook(hook, with_kwargs=True)
+        for name, hook in hooks.items()
+    ]
     try:
         with torch.inference_mode():
             for batch in batches:
@@ -96,4 +119,3 @@ def gram_matrices(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: (hook.total / max(hook.positions, 1)).numpy() for name, hook in hooks.items()}
