@@ -7,13 +7,13 @@ it does there, beyond what the dense network does, is the optimism of the search
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
-from evosearch.assembly import Assembled, pool_settings
+from evosearch.assembly import Assembled
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement, Terms
 from evosearch.results.front import read_results
-from evosearch.scoring.pool import make_pool
+from evosearch.scoring.devices import local_device
+from evosearch.scoring.pool import InProcessPool
 from evosearch.scoring.workload import dense_error, with_validation
 
 __all__ = ["check_front"]
@@ -27,13 +27,14 @@ def check_front(
 ) -> bool:
     """Measures the front on the check images; what the ledger knows is not measured again.
 
-    It is scored in this process: these policies have been measured without harm before, and a
-    front is small.
+    It is scored in this process, on a GPU if the search uses them and there is one here: these
+    policies have been measured without harm before, and a front is small.
 
     Returns:
-        Whether all of it is known now; true where there are no such images.
+        Whether all of it is known now; true where there are no such images, or no front.
     """
-    policies = [row.policy for row in read_results(ledger).front]
+    results = read_results(ledger)
+    policies = [row.policy for row in results.front] if results.feasible else []
     known = ledger.known(policies, terms=Terms.CHECK)
     missing = [policy for policy in policies if policy.digest not in known]
     if not len(assembled.check) or not missing:
@@ -49,9 +50,6 @@ def check_front(
         ledger.record(measurement, clock(), terms=Terms.CHECK)
         landed += 1
 
-    pool = make_pool(workload, replace(pool_settings(assembled.recipe), workers=0))
-    try:
-        pool.score(missing, record, stop)
-    finally:
-        pool.close()
+    device = local_device(assembled.recipe.run.gpus_per_worker)
+    InProcessPool(workload, device).score(missing, record, stop)
     return landed == len(missing)

@@ -235,21 +235,23 @@ def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Obse
     facts = read_facts(ledger)
     stop = StopSignal(observer)
     lazy = _LazyPool(assembled, observer, stop)
-    with stop.installed(), lazy as pool, _recorded_stop(ledger, observer):
-        scoring = Scoring(
-            table=assembled.workload.plan.table,
-            goals=assembled.goals,
-            worst=facts.worst,
-            score=pool.score,
-            stop=stop,
-            racing=assembled.recipe.search.racing,
-            overlap=assembled.recipe.search.overlap,
-        )
-        outcome = _search(assembled, ledger, scoring, observer, facts)
-        if outcome.finished and assembled.recipe.search.baseline and outcome.evaluations:
-            outcome = _with_baseline(outcome, _baseline(assembled, ledger, scoring, observer))
-        if outcome.finished and outcome.evaluations and len(assembled.check):
-            observer.phase(f"measuring the front on {len(assembled.check)} other images")
+    with stop.installed(), _recorded_stop(ledger, observer):
+        with lazy as pool:
+            scoring = Scoring(
+                table=assembled.workload.plan.table,
+                goals=assembled.goals,
+                worst=facts.worst,
+                score=pool.score,
+                stop=stop,
+                racing=assembled.recipe.search.racing,
+                overlap=assembled.recipe.search.overlap,
+            )
+            outcome = _search(assembled, ledger, scoring, observer, facts)
+            if outcome.finished and assembled.recipe.search.baseline and outcome.evaluations:
+                outcome = _with_baseline(outcome, _baseline(assembled, ledger, scoring, observer))
+        # The pool is closed: the check may need its GPU.
+        if outcome.finished and outcome.evaluations and assembled.recipe.data.check:
+            observer.phase(f"measuring the front on {assembled.recipe.data.check} other images")
             if not check_front(assembled, ledger, stop):
                 reason = "stopped before the front was measured on other images"
                 outcome = replace(outcome, finished=False, reason=reason)

@@ -144,6 +144,8 @@ class Search:
         self._bar = Bar(scoring.goals, racing) if racing else None
         self._terms = Terms.RACED if racing else Terms.FULL
         self._asks = 0
+        # Whether candidates may be under way that no call waited for.
+        self._sent_ahead = False
         self._recorded_generations = ledger.generations() if track == SEARCH else 0
 
     def run(
@@ -180,6 +182,10 @@ class Search:
             if ask.cut_short:
                 return self._outcome(True, _SPENT)
             self._open.popleft()
+            if ahead and not self._open and len(self._paid) >= evaluations:
+                # The last tell. With a larger budget there would be an ask before it: what the
+                # algorithm draws then, and the population that is recorded, must not hang on that.
+                self._algorithm.ask()
             objectives, violations = self._answers(ask)
             self._algorithm.tell(objectives, violations)
             self._raise_bar(ask, objectives, violations)
@@ -264,9 +270,11 @@ class Search:
             if on_landing:
                 on_landing(measurement, self._evaluations)
 
-        if ask.unknown and not self._scoring.stop():
+        # Once stopped, nothing new is begun, but what was sent ahead is still recorded.
+        if ask.unknown and (self._sent_ahead or not self._scoring.stop()):
             ahead = [policy for other in self._open if other is not ask for policy in other.unknown]
             races = {policy: race for other in self._open for policy, race in other.races.items()}
+            self._sent_ahead = bool(ahead)
             self._scoring.score(list(ask.unknown), record, self._scoring.stop, races, ahead)
 
     def _races(

@@ -118,6 +118,8 @@ def study(
         EvosearchError: Something is wrong with recipe, run, options or directory.
     """
     observer.phase(f"preparing {recipe.network.name}")
+    # A study has no front to check, and its variants may want more images for validation.
+    recipe = change_recipe(recipe, {"data.check": 0}, "the study")
     variants = _distinct(options.variants, recipe)
     check_images(recipe, options.truth)
     assembled = assemble(recipe)
@@ -180,6 +182,11 @@ def _policies(
     if run is not None and len(known["elite"]) < n:
         with Ledger.open(run) as ledger:
             wanted["elite"] = elite(ledger, table, options.band, n)
+    if any(policy.blend for policies in wanted.values() for policy in policies):
+        raise ConfigError(
+            "fidelity compares policies by their widths, and these differ in blends of criteria, "
+            "too; name a space without blends, such as --set space.name=layer-sparsity"
+        )
     for name, policies in wanted.items():
         for policy in policies:
             if policy not in known[name] and len(known[name]) < n:

@@ -9,12 +9,14 @@ returned from the kept columns k is, by least squares,
 What is lost is variance: rows of W' S_kk W'^T have less of it than those of W S W^T. Both are made
 good in the batch norm that follows, if one does: its mean moves along, and its variance shrinks by
 the same ratio, which equals rescaling the row [Xie2021]. No forward pass is needed; in return, what
-earlier layers do to the input is not seen.
+earlier layers do to the input is not seen. Where neither a norm nor a bias follows, the mean's move
+stays uncorrected.
 
 References:
     [Xie2021] Z. Xie et al., "Pruning with Compensation", arXiv:2108.13728, with its official code.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +35,12 @@ __all__ = ["Moments", "PatchCompensator", "patch_moments"]
 
 FloatArray = NDArray[np.float64]
 
-# Positions of each image that are read: neighbours tell much the same.
+# Positions of each image that are read, at least: neighbours tell much the same.
 _POSITIONS = 32
+# Patches longer than this are left to the compensation by channel: the square of it is kept, and
+# factorised for every candidate.
+_LONGEST = 4608
+_LEAST_RIDGE = 1e-9
 # Below this share of what it was, a variance says nothing: the filter has lost its input.
 _LEAST_VARIANCE = 1e-3
 
@@ -55,8 +61,30 @@ class Moments:
 def _readable(layer: nn.Module) -> bool:
     if isinstance(layer, nn.Conv2d):
         plain = layer.groups == 1 and layer.padding_mode == "zeros"
-        return plain and not isinstance(layer.padding, str)
-    return isinstance(layer, nn.Linear)
+        short = layer.weight[0].numel() <= _LONGEST
+        return plain and short and not isinstance(layer.padding, str)
+    return isinstance(layer, nn.Linear) and layer.in_features <= _LONGEST
+
+
+def _step(height: int, width: int) -> int:
+    """Every so many positions, row by row: all columns are read alike, borders and middle."""
+    step = max(1, height * width // _POSITIONS)
+    while math.gcd(step, width) > 1:
+        step -= 1
+    return step
+
+
+def _output_size(x: Tensor, layer: nn.Conv2d) -> tuple[int, int]:
+    """Height and width of what a convolution returns."""
+    height, width = (
+        (
+            x.shape[2 + i]
+            + 2 * int(layer.padding[i])
+            - layer.dilation[i] * (layer.kernel_size[i] - 1)
+        )
+        for i in range(2)
+    )
+    return (height - 1) // layer.stride[0] + 1, (width - 1) // layer.stride[1] + 1
 
 
 class _PatchHook:
@@ -70,10 +98,14 @@ class _PatchHook:
         if isinstance(module, nn.Conv2d):
             names = ("dilation", "padding", "stride")
             how = {name: getattr(module, name) for name in names}
-            columns = F.unfold(x, module.kernel_size, **how)
-            # Evenly spread over all rows and columns: a step that shares no factor with the width.
-            step = max(1, columns.shape[2] // _POSITIONS) | 1
-            rows = columns[:, :, ::step].transpose(1, 2).flatten(0, 1)
+            step = _step(*_output_size(x, module))
+            # One image at a time: all patches of a batch may be many times as large as it.
+            rows = torch.cat(
+                [
+                    F.unfold(image, module.kernel_size, **how)[0, :, ::step].T
+                    for image in torch.split(x, 1)
+                ]
+            )
         else:
             rows = x.reshape(-1, x.shape[-1])
         self.count += len(rows)
@@ -181,7 +213,8 @@ class PatchCompensator:
         kept = torch.from_numpy((inputs[:, None] * area + np.arange(area)).ravel())
         covariance = consumer.covariance
         block = covariance[kept][:, kept]
-        load = max(self._ridge * float(block.diagonal().mean()), 1e-12)
+        # Never zero, so that equal or dead inputs can still be factorised.
+        load = max(max(self._ridge, _LEAST_RIDGE) * float(block.diagonal().mean()), 1e-12)
         factor = torch.linalg.cholesky(block + load * torch.eye(len(kept), dtype=block.dtype))
         spread = matrix @ covariance
         fitted = torch.cholesky_solve(spread[:, kept].T, factor).T

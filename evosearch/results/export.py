@@ -114,16 +114,19 @@ def measurement_records(results: Results) -> Records:
 
 def population_records(results: Results, members: Sequence[Member]) -> Records:
     """A generation's population in the algorithm's order, with rank and crowding distance."""
-    columns = ("policy", "rank", "crowding", *_VALUES, *_policy_columns(results))
+    columns = ("policy", "status", "rank", "crowding", *_VALUES, *_policy_columns(results))
     measured = {row.policy: row for row in results.rows}
     return Records(
         columns,
         tuple(
             {
                 "policy": member.policy.digest,
+                # A policy that breaks a budget was never measured.
+                "status": measured[member.policy].status.value
+                if member.policy in measured
+                else None,
                 "rank": member.rank,
                 "crowding": member.crowding,
-                # A policy that breaks a budget was never measured.
                 **{
                     name: measured[member.policy].values.get(name)
                     if member.policy in measured

@@ -97,22 +97,24 @@ class Results:
         """Of the uniform ladder; None if it was not measured."""
         return self._hypervolume(self.baseline) if self.baseline else None
 
+    @property
+    def _fully_checked(self) -> bool:
+        return self.feasible and all(row.checked for row in self.front)
+
     def checked_hypervolume(self) -> float | None:
-        """Of the front on the check images; None if it was not measured there."""
-        rows = [row for row in self.rows if row.on_front and row.checked]
-        if not rows:
+        """Of the front on the check images; None if not all of it was measured there."""
+        if not self._fully_checked:
             return None
-        return self._hypervolume_of([{**row.values, **row.checked} for row in rows])
+        return self._hypervolume_of([{**row.values, **row.checked} for row in self.front])
 
     def optimism(self) -> float | None:
         """How much more error the front has on the check images, beyond what the dense network has.
 
-        A mean over the front, as a share of images; None if it was not measured there.
+        A mean over the front, as a share of images; None if not all of it was measured there.
         """
-        rows = [row for row in self.front if row.checked]
-        if not rows or self.check is None:
+        if self.check is None or not self._fully_checked:
             return None
-        gap = np.mean([row.checked["error"] - row.values["error"] for row in rows])
+        gap = np.mean([row.checked["error"] - row.values["error"] for row in self.front])
         return float(gap - (self.check[1] - self.dense["error"]))
 
     def _hypervolume(self, rows: Sequence[Row]) -> float:

@@ -90,8 +90,9 @@ def export_network(run: Path, file: Path, digits: str | None) -> str:
     with Ledger.open(run) as ledger:
         results = read_results(ledger)
         recorded = read_facts(ledger)
-        measured = {row.policy: row for row in (*results.baseline, *results.rows)}
-        row = _chosen(tuple(measured.values()), digits, run)
+        # What the search dropped early, the ladder may have measured in full: the later entry wins.
+        rows = sorted((*results.baseline, *results.rows), key=lambda row: row.status is Status.OK)
+        row = _chosen(tuple({row.policy: row for row in rows}.values()), digits, run)
     # Where it was searched does not matter any more.
     assembled = assemble(recorded.recipe.model_copy(update={"run": RunRecipe(workers=0)}))
     check_same(recorded, assembled.facts(), run)

@@ -16,6 +16,7 @@ __all__ = ["plot_correlations", "plot_fidelity", "plot_front"]
 _LABELS = {
     "error": "top-1 error on validation images",
     "loss": "cross-entropy on validation images",
+    "margin": "lost margin on validation images",
     "divergence": "KL divergence from the dense network",
     "macs": "MACs (share of dense)",
     "params": "parameters (share of dense)",
@@ -49,7 +50,8 @@ def plot_front(results: Results, path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.scatter(*points(results.rows), s=9, color="0.75", label=f"measured ({len(results.rows)})")
+    measured = [row for row in results.rows if row.status is Status.OK]
+    axes.scatter(*points(measured), s=9, color="0.75", label=f"measured ({len(measured)})")
     if results.baseline:
         axes.plot(*points(results.baseline), "s", ms=4, color="C1", label="uniform ratios")
     front = results.front

@@ -122,15 +122,24 @@ class Dispatcher:
         self._races = races
         self._dispatch(stop)
         while self._unfinished(stop):
-            for handle in self._wait():
-                measurement = self._land(handle)
-                # The worker first: it need not wait for the disk.
-                self._dispatch(stop)
-                if measurement:
-                    self._record(measurement, record)
+            self._take(self._wait(), record, stop)
+            # Whoever looks late must not take what is done for late: first all that is there.
+            while self._late() and (done := self._transport.wait(self._under_way(), 0.0)):
+                self._take(done, record, stop)
             for measurement in self._overdue():
                 self._record(measurement, record)
             self._dispatch(stop)
+
+    def _take(self, done: Sequence[Hashable], record: Record, stop: Stop) -> None:
+        for handle in done:
+            measurement = self._land(handle)
+            # The worker first: it need not wait for the disk.
+            self._dispatch(stop)
+            if measurement:
+                self._record(measurement, record)
+
+    def _under_way(self) -> list[Hashable]:
+        return [*self._flying, *self._starting]
 
     def _unfinished(self, stop: Stop) -> bool:
         """Once stopped, what is under way is finished; else what was asked for, not what is ahead.
@@ -155,7 +164,7 @@ class Dispatcher:
             )
 
     def _wait(self) -> Sequence[Hashable]:
-        under_way = [*self._flying, *self._starting]
+        under_way = self._under_way()
         if not under_way:
             raise BackendError(
                 "no scorer is left: each died, and so did its replacements; try --workers 0, "
@@ -214,13 +223,16 @@ class Dispatcher:
         handle = self._transport.replace(worker)
         self._starting[handle] = _Start(worker=worker, attempt=attempt, deadline=deadline)
 
-    def _overdue(self) -> list[Measurement]:
+    def _late(self) -> list[Hashable]:
         now, late = self._clock(), []
         for handle, flight in self._flying.items():
             if flight.deadline > now:
                 break
             late.append(handle)
-        return [self._time_out(self._flying.pop(handle)) for handle in late]
+        return late
+
+    def _overdue(self) -> list[Measurement]:
+        return [self._time_out(self._flying.pop(handle)) for handle in self._late()]
 
     def _time_out(self, flight: _Flight) -> Measurement:
         self._replace(flight.worker)

@@ -1,7 +1,7 @@
 """Objectives and constraints by name: numbers of a measurement or of a policy's costs.
 
-`error`, `loss` and `divergence` are measured; `macs` and `params` are fractions of the dense
-network, known before anything is built. All are minimised. Knows nothing of torch.
+`error`, `loss`, `margin` and `divergence` are measured; `macs` and `params` are fractions of the
+dense network, known before anything is built. All are minimised. Knows nothing of torch.
 """
 
 import re

@@ -254,7 +254,7 @@ class Scorer:
     def _measure_in_race(self, race: Race) -> dict[str, Any]:
         """Fields of the measurement of the working copy, which may be dropped early."""
         total = len(self._workload.validation)
-        looks = rungs(-(-total // self._batch_size)) if race.rivals else ()
+        looks = rungs(total, -(-total // self._batch_size)) if race.rivals else ()
         seen: list[Tensor] = []
         for part in self._outputs():
             seen.append(part)

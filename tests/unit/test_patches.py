@@ -13,6 +13,8 @@ from evosearch.pruning.cutting import Cutter, CuttingPlan
 from evosearch.pruning.folding import layout_of
 from evosearch.pruning.groups import trace
 from evosearch.pruning.patches import PatchCompensator, patch_moments
+from evosearch.pruning.patches import _output_size as output_size
+from evosearch.pruning.patches import _step as step_of
 
 SIDE = 8
 
@@ -71,8 +73,7 @@ def patches(module: Any) -> Tensor:
     """What the consumer reads at the positions that moments are taken at."""
     x = F.relu(module.first(batch())).detach()
     columns = F.unfold(x, 3, padding=1)
-    step = max(1, columns.shape[2] // 32) | 1
-    return columns[:, :, ::step].transpose(1, 2).flatten(0, 1).double()
+    return columns[:, :, :: step_of(SIDE, SIDE)].transpose(1, 2).flatten(0, 1).double()
 
 
 KEPT = [0, 2, 3, 7, 8, 11]
@@ -156,3 +157,29 @@ def test_dead_inputs_are_no_obstacle() -> None:
         _, cut = compensated(network, plan, kept)
         assert all(torch.isfinite(tensor).all() for tensor in cut.state_dict().values())
         assert (cut.norm.running_var > 0).all()
+
+
+@pytest.mark.parametrize("side", [4, 7, 8, 9, 14, 16, 28, 32, 56])
+def test_positions_are_spread_over_all_columns_and_rows(side: int) -> None:
+    read = np.arange(0, side * side, step_of(side, side))
+    assert min(len(read), side * side) >= min(32, side * side)
+    columns = np.bincount(read % side, minlength=side)
+    assert columns.max() - columns.min() <= 1
+    if side <= 32:
+        assert (np.bincount(read // side, minlength=side) > 0).all()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_size_of_the_output_is_that_of_the_convolution(
+    stride: int, padding: int, dilation: int
+) -> None:
+    layer = nn.Conv2d(3, 4, (3, 2), stride=stride, padding=padding, dilation=dilation)
+    x = torch.zeros(1, 3, 13, 16)
+    assert output_size(x, layer) == tuple(layer(x).shape[2:])
+
+
+def test_long_patches_are_left_to_the_channels() -> None:
+    network, plan = network_of(nn.Conv2d(12, 5, 21, padding=10))
+    assert "consumer" not in patch_moments(network.module, plan, [batch(2)])

@@ -316,3 +316,25 @@ def test_overlapping_generations_measure_each_policy_once(
         assert {policy.keep[0] for policy in part} <= set(landed)
     assert sorted(landed) == [policy.keep[0] for policy in everybody]
     assert len(bench.sent) == len(everybody)
+
+
+def test_what_was_done_while_nobody_looked_is_not_late() -> None:
+    bench = Bench(4, takes(1.0))
+    record, never = bench._record, lambda: False
+    bench.dispatcher.score([], record, never, ahead=policies(4))
+    # The driver is busy with something else for longer than a candidate may take.
+    bench.clock.sleep(2 * TIMEOUT_S)
+    bench.dispatcher.score(policies(4), record, never)
+    assert [m.status for _, m in bench.landed] == [Status.OK] * 4
+    assert len(bench.sent) == 4
+
+
+def test_what_hangs_while_nobody_looks_is_late_all_the_same() -> None:
+    hangs = Fate(seconds=math.inf, measurement=None)
+    bench = Bench(3, lambda p: hangs if p.keep[0] == 2 else takes(1.0)(p), start_s=1.0)
+    record, never = bench._record, lambda: False
+    bench.dispatcher.score([], record, never, ahead=policies(3))
+    bench.clock.sleep(2 * TIMEOUT_S)
+    bench.dispatcher.score(policies(3), record, never)
+    found = {m.policy.keep[0]: m.status for _, m in bench.landed}
+    assert found == {1: Status.OK, 2: Status.TIMEOUT, 3: Status.OK}

@@ -585,6 +585,71 @@ def test_with_overlap_two_generations_are_asked_for_before_the_older_is_told(
     assert bench.search(60).evaluations == 60
 
 
+@every_algorithm
+def test_recorded_populations_do_not_depend_on_the_budget_with_overlap(
+    folder: Path, algorithm: str
+) -> None:
+    def tied(policy: Policy) -> Measurement:
+        error = round(sum(policy.keep) / 72, 1)
+        metrics = dict.fromkeys(METRICS, error)
+        return Measurement(policy=policy, status=Status.OK, metrics=metrics)
+
+    once = Bench(folder / "once", algorithm, overlap=True, score=tied)
+    once.search(BUDGET)
+    wanted = once.populations()
+    for budget in (8, 16, 24, 32):
+        short = Bench(folder / f"short-{budget}", algorithm, overlap=True, score=tied)
+        short.search(budget)
+        found = short.populations()
+        assert found == wanted[: len(found)]
+
+
+def test_stop_between_two_generations_records_what_was_sent_ahead(folder: Path) -> None:
+    sent: list[Policy] = []
+
+    class Cluster:
+        """Begins what is ahead at once, and lands it in a later call."""
+
+        def __init__(self) -> None:
+            self.flying: list[Policy] = []
+
+        def score(
+            self,
+            policies: Sequence[Policy],
+            record: Callable[[Measurement], None],
+            stop: Callable[[], bool],
+            _races: Races,
+            ahead: Sequence[Policy],
+        ) -> None:
+            fresh = [] if stop() else [p for p in policies if p not in self.flying]
+            landing = self.flying + fresh
+            self.flying = []
+            sent.extend(fresh)
+            for policy in landing:
+                record(formula(policy))
+            if not stop():
+                self.flying = [p for p in list(ahead)[:3] if p not in landing]
+                sent.extend(self.flying)
+
+    cluster = Cluster()
+    bench = Bench(folder / "run", overlap=True)
+    bench._score = cluster.score  # type: ignore[method-assign]
+    told = Search._raise_bar
+    generations = 0
+
+    def stopping(*arguments: Any) -> None:
+        nonlocal generations
+        generations += 1
+        bench._stopping = generations == 3
+        told(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Search, "_raise_bar", stopping)
+        assert bench.search(200).reason == "stopped"
+    assert cluster.flying == []
+    assert set(bench.measured()) == set(sent)
+
+
 def test_with_overlap_and_races_a_search_is_resumed_the_same(folder: Path) -> None:
     whole, parts = (Bench(folder / n, overlap=True, racing=0.1) for n in ("whole", "parts"))
     parts.interrupt_at = [7, 20, 33, 61]
