@@ -80,11 +80,11 @@ def test_killed_search_with_races_ends_as_if_never_killed(
     cli: Cli, recipe: Callable[..., str]
 ) -> None:
     options = ["--set", "search.racing=0.1", "--set", "proxy.batch_size=32"]
-    check(cli, recipe(), [*options, "--set", "data.validation=400"], "races")
+    check(cli, recipe(), [*options, "--set", "data.validation=1000"], "races")
     everything = pd.read_csv(cli.folder / "races-whole-all.csv")
     lost = everything[everything["status"] == "dropped"]
     assert len(lost) > 0
-    assert (lost["images"] < 400).all()
+    assert (lost["images"] < 1000).all()
     assert not lost["on_front"].any()
     assert "dropped early" in cli.run("resume", str(cli.folder / "races-whole")).stdout
     policy = str(lost["policy"].iloc[0])

@@ -103,16 +103,16 @@ def same(left: Measurement, right: Measurement) -> bool:
 # --- races
 
 
-FEW = 16  # blocks are of 32 images, so that 256 of them are 8
+FEW, MANY = 32, 512  # blocks are of 32 images, and eight of them decide
 
 
 @pytest.fixture(scope="module")
 def long_workload(dense: tuple[Network, CuttingPlan]) -> Workload:
-    """256 validation images in 16 batches."""
+    """512 validation images in 16 batches."""
     source = open_source("cifar10-sample")
     proxy = ProxySettings(name="compensated", criterion="l1", batch_size=FEW, recalibrate=False)
     calibration = source.training().take(np.arange(40))
-    return prepare_workload(*dense, proxy, calibration, source.held_out().take(np.arange(256)))
+    return prepare_workload(*dense, proxy, calibration, source.held_out().take(np.arange(MANY)))
 
 
 def race_of(measurement: Measurement | None) -> Race:
@@ -128,8 +128,8 @@ def test_race_that_is_run_to_its_end_measures_the_same_bits(long_workload: Workl
     alone, raced = scorer.score(HALF), scorer.score(HALF, race_of(weak))
     assert raced.status is Status.OK
     assert raced.metrics == alone.metrics
-    assert raced.images == alone.images == 256
-    blocks = np.frombuffer(raced.blocks, dtype=np.float32).reshape(8, len(METRICS))
+    assert raced.images == alone.images == MANY
+    blocks = np.frombuffer(raced.blocks, dtype=np.float32).reshape(MANY // 32, len(METRICS))
     np.testing.assert_allclose(
         blocks.mean(axis=0), [raced.metrics[name] for name in METRICS], rtol=1e-5
     )
@@ -141,7 +141,7 @@ def test_dominated_candidate_is_dropped_early_and_leaves_no_trace(long_workload:
     lost = scorer.score(BARE, race_of(strong))
     assert lost.status is Status.DROPPED
     assert lost.images is not None
-    assert lost.images < 256
+    assert lost.images < MANY
     assert lost.reason == f"worse than rival on its first {lost.images} images"
     assert lost.metrics["divergence"] > strong.metrics["divergence"]
     whole = scorer.score(BARE)
