@@ -1,10 +1,10 @@
 """Races: a candidate that is surely dominated need not see all validation images.
 
-A candidate is measured on 1, 2, 4, ... batches, and after each of these rungs compared, image block
-by image block, with a policy that was measured on all images and costs no more: its rival. Images
-are the same for both, so most of their differences in difficulty cancel. If the candidate is worse
-in everything that is measured, beyond doubt, it is dropped, and what it would have had on all
-images is told by the difference to the rival so far.
+A candidate is measured on 1, 2, 4, ... batches, and after each of these rungs, once there are eight
+blocks of images, compared, block by block, with a policy that was measured on all images and costs
+no more: its rival. Images are the same for both, so most of their differences in difficulty cancel.
+If the candidate is worse in everything that is measured, beyond doubt, it is dropped, and what it
+would have had on all images is told by the difference to the rival so far.
 
 Doubt is a one-sided t test on differences of block means, with the correction for a finite
 population: what matters is the mean over these validation images, of which some have been seen, and
