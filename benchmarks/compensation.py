@@ -41,6 +41,9 @@ PROXIES = [
     ("recalibrated", "residual-energy", True),
     ("compensated", "residual-energy", False),
     ("compensated", "residual-energy", True),
+    ("patchwise", "l1", False),
+    ("patchwise", "residual-energy", False),
+    ("reconstructed", "residual-energy", False),
 ]
 
 
