@@ -44,7 +44,8 @@ def test_a_study_ends_with_a_table_and_continues_where_it_ended(
     said = cli.run(*study(recipe())).stdout
     assert "random: 6 policies at 4" in said
     found = pd.read_csv(cli.folder / "study" / "fidelity.csv")
-    assert set(found.predictor) == {"raw", "recalibrated-l1", "compensated", "fine-tuned"}
+    named = {"raw", "recalibrated-l1", "compensated"}
+    assert set(found.predictor) == {*named, "free", "fine-tuned"}
     assert {"error", "loss", "divergence"} <= set(found.metric)
     assert found.tau.dropna().between(-1, 1).all()
     assert (found.tau_low.dropna() <= found.tau_high.dropna()).all()
