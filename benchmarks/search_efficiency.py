@@ -412,12 +412,14 @@ def draw(drawn: dict[str, dict[str, dict[int, Course]]], path: Path) -> None:
 
     figure, axes = plt.subplots(len(drawn), 2, figsize=(12, 4.5 * len(drawn)), squeeze=False)
     for (network, found), (left, right) in zip(drawn.items(), axes, strict=True):
-        for method, courses in found.items():
+        for number, (method, courses) in enumerate(found.items()):
+            # Ten colours for more methods: the next ten are dashed.
+            style = "-" if number < 10 else "--"
             n = min(len(c.hypervolumes) for c in courses.values())
             volumes = np.stack([c.hypervolumes[:n] for c in courses.values()])
             seconds = np.median([c.seconds[:n] for c in courses.values()], axis=0)
             for axis, x in ((left, np.arange(1, n + 1)), (right, seconds)):
-                (line,) = axis.plot(x, np.median(volumes, axis=0), label=method, lw=1.5)
+                (line,) = axis.plot(x, np.median(volumes, axis=0), style, label=method, lw=1.5)
                 axis.fill_between(
                     x, volumes.min(axis=0), volumes.max(axis=0), color=line.get_color(), alpha=0.15
                 )

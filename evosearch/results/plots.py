@@ -53,7 +53,9 @@ def plot_front(results: Results, path: Path) -> None:
     measured = [row for row in results.rows if row.status is Status.OK]
     axes.scatter(*points(measured), s=9, color="0.75", label=f"measured ({len(measured)})")
     if results.baseline:
-        axes.plot(*points(results.baseline), "s", ms=4, color="C1", label="uniform ratios")
+        blends = any(row.policy.blend for row in results.baseline)
+        ladder = "pure criteria, uniform ratios" if blends else "uniform ratios"
+        axes.plot(*points(results.baseline), "s", ms=4, color="C1", label=ladder)
     front = results.front
     name = "front" if results.feasible else "nearest to feasible"
     # Steps, not slopes: between two networks there is no third one on a line.
