@@ -85,7 +85,13 @@ class Formula:
         weights = 1 / np.arange(1, len(self.channels) + 1)
         removed = 1 - np.array(policy.keep) / self.channels
         error = float((removed**2 * weights).sum() / weights.sum() * 0.8)
-        metrics = {"error": error, "loss": 2 * error, "margin": error, "divergence": 3 * error}
+        metrics = {
+            "error": error,
+            "loss": 2 * error,
+            "margin": error,
+            "divergence": 3 * error,
+            "distortion": error,
+        }
         return Measurement(policy=policy, status=Status.OK, metrics=metrics, seconds=seconds)
 
 

@@ -36,7 +36,7 @@ from evosearch.policy import Policy
 
 __all__ = ["SCHEMA_VERSION", "Entry", "Ledger", "Member", "RunLock", "lock_holder"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _APPLICATION_ID = 0x45564F53  # "EVOS"
 _FILE, _LOCK = "ledger.sqlite", "lock"
 _LOCK_TRIES, _LOCK_PAUSE_S = 20, 0.02

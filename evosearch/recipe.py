@@ -99,7 +99,7 @@ class SearchRecipe(_Table):
     """`[search]`: what is minimised, how, and for how long."""
 
     objectives: Annotated[list[str], Field(min_length=1)] = ["error", "macs"]
-    """Any of error, loss, margin, divergence, macs, params."""
+    """Any of error, loss, margin, divergence, distortion, macs, params."""
     constraints: list[str] = []
     """Such as "macs <= 0.5"; all must hold."""
     algorithm: str = "nsga2"

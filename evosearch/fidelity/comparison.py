@@ -383,7 +383,7 @@ class _Group:
 
 
 # Metrics that are never negative: ratios say more than differences.
-_POSITIVE = ("error", "loss", "margin", "divergence")
+_POSITIVE = ("error", "loss", "margin", "divergence", "distortion")
 
 
 def _stretched(values: FloatArray, metric: str) -> FloatArray:

@@ -65,6 +65,10 @@ VARIANTS: dict[str, Variant] = {
         title="cut, refit by patch, measure on 256 images",
         changes={"proxy.name": "patchwise", "data.validation": 256},
     ),
+    "patchwise-quick": Variant(
+        title="cut, refit by patch, measure on 64 images (read its distortion)",
+        changes={"proxy.name": "patchwise", "data.validation": 64},
+    ),
     "reconstructed-cut": _proxy(
         "cut, compensate, fit the layers that lost inputs",
         "reconstructed",
@@ -76,6 +80,16 @@ VARIANTS: dict[str, Variant] = {
             "proxy.name": "reconstructed",
             "proxy.reconstruction_images": 128,
             "data.validation": 256,
+        },
+    ),
+    "reconstructed-quick": Variant(
+        title="cut, compensate, fit what lost inputs on 64 images, measure on 64 "
+        "(read its distortion)",
+        changes={
+            "proxy.name": "reconstructed",
+            "proxy.reconstruction_layers": "cut",
+            "proxy.reconstruction_images": 64,
+            "data.validation": 64,
         },
     ),
 }

@@ -18,6 +18,7 @@ _LABELS = {
     "loss": "cross-entropy on validation images",
     "margin": "lost margin on validation images",
     "divergence": "KL divergence from the dense network",
+    "distortion": "error of the last feature maps",
     "macs": "MACs (share of dense)",
     "params": "parameters (share of dense)",
 }
@@ -61,7 +62,7 @@ def plot_front(results: Results, path: Path) -> None:
     # Steps, not slopes: between two networks there is no third one on a line.
     (line,) = axes.plot(*points(front), "o-", color="C0", label=f"{name} ({len(front)})")
     line.set(drawstyle="steps-post", markersize=4, linewidth=1.2)
-    dense_y = {"error": results.dense["error"], "divergence": 0.0}.get(y)
+    dense_y = {"error": results.dense["error"], "divergence": 0.0, "distortion": 0.0}.get(y)
     if dense_y is not None:
         axes.plot([1.0], [dense_y], "*", ms=11, color="C3", label="dense network")
     for constraint in results.goals.constraints:

@@ -1,7 +1,8 @@
 """Objectives and constraints by name: numbers of a measurement or of a policy's costs.
 
-`error`, `loss`, `margin` and `divergence` are measured; `macs` and `params` are fractions of the
-dense network, known before anything is built. All are minimised. Knows nothing of torch.
+`error`, `loss`, `margin`, `divergence` and `distortion` are measured; `macs` and `params` are
+fractions of the dense network, known before anything is built. All are minimised. Knows nothing of
+torch.
 """
 
 import re
@@ -146,7 +147,7 @@ def worst_metrics(dense_logits: NDArray[np.float32]) -> dict[str, float]:
 
     Returns:
         `error` 1 - 1/K, `loss` log K, `divergence` log K minus the mean entropy of the dense
-        network's outputs.
+        network's outputs, `distortion` 1: features of zeros.
     """
     logits = dense_logits.astype(np.float64)
     shifted = logits - logits.max(axis=1, keepdims=True)
@@ -158,4 +159,5 @@ def worst_metrics(dense_logits: NDArray[np.float32]) -> dict[str, float]:
         "loss": float(np.log(classes)),
         "margin": 1.0,
         "divergence": float(np.log(classes)) - entropy,
+        "distortion": 1.0,
     }

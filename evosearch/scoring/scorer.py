@@ -22,6 +22,7 @@ from evosearch.pruning.folding import FastCopy, Layout
 from evosearch.pruning.patches import PatchCompensator
 from evosearch.pruning.proposals import Norm
 from evosearch.pruning.reconstruction import Reconstructor
+from evosearch.scoring.features import Distortion
 from evosearch.scoring.proxies import proxy_named
 from evosearch.scoring.racing import Estimate, Race, block_means, rungs
 from evosearch.scoring.repair import distil, refit_head
@@ -29,6 +30,9 @@ from evosearch.scoring.workload import DTYPES, Workload, batches, logits, single
 
 __all__ = ["Scorer"]
 
+
+Answers = tuple[Tensor, Tensor]
+"""Logits `(n, n_classes)` of a batch, and its distortion `(n,)`."""
 
 _MAX_REASON = 300
 # Normalised images beyond this size are made anew for every policy.
@@ -97,6 +101,7 @@ class Scorer:
         # The working copy is exact, to be cut, folded and exported; forward passes run on copies
         # of it that are made for speed.
         self._measured = FastCopy(dense, workload.layout, dtype)
+        self._distortion = Distortion(self._measured.module, workload.features, device)
         self._recalibrated = FastCopy(dense, Layout(head=workload.layout.head), dtype)
         self._norms = [
             layer
@@ -227,17 +232,21 @@ class Scorer:
 
     def measure(self) -> dict[str, float]:
         """Metrics of the working copy on the validation images."""
-        return _means(self._per_image(torch.cat(list(self._outputs()))))
+        return _means(self._per_image(list(self._answers())))
 
-    def _outputs(self) -> Iterator[Tensor]:
-        """Logits of the working copy, batch by batch of validation images."""
+    def _answers(self) -> Iterator[Answers]:
+        """What the working copy makes of the validation images, batch by batch."""
         fast = self._measured
         fast.update(self._cutter.network)
+        seen = 0
         for batch in self._inputs("validation", self._workload.validation):
-            yield logits(fast.module, [batch], fast.dtype)
+            outputs = logits(fast.module, [batch], fast.dtype)
+            yield outputs, self._distortion.of(outputs, seen)
+            seen += len(outputs)
 
-    def _per_image(self, outputs: Tensor) -> dict[str, Tensor]:
+    def _per_image(self, answers: list[Answers]) -> dict[str, Tensor]:
         """`(n_seen,)` float64 values of every metric for the first validation images."""
+        outputs, distortion = (torch.cat(part) for part in zip(*answers, strict=True))
         n = len(outputs)
         labels, dense = self._labels[:n, None], self._log_dense[:n]
         log_p = F.log_softmax(outputs.double(), dim=1)
@@ -249,21 +258,22 @@ class Scorer:
             "loss": -log_p.gather(1, labels).squeeze(1),
             "margin": 1 - right + wrong,
             "divergence": (dense.exp() * (dense - log_p)).sum(1),
+            "distortion": distortion,
         }
 
     def _measure_in_race(self, race: Race) -> dict[str, Any]:
         """Fields of the measurement of the working copy, which may be dropped early."""
         total = len(self._workload.validation)
         looks = rungs(total, -(-total // self._batch_size)) if race.rivals else ()
-        seen: list[Tensor] = []
-        for part in self._outputs():
+        seen: list[Answers] = []
+        for part in self._answers():
             seen.append(part)
             if len(seen) in looks:
-                values = _columns(self._per_image(torch.cat(seen)))
+                values = _columns(self._per_image(seen))
                 estimate = race.verdict(values, total, len(looks))
                 if estimate:
                     return _dropped(estimate)
-        everything = self._per_image(torch.cat(seen))
+        everything = self._per_image(seen)
         blocks = block_means(_columns(everything), total).tobytes()
         return {"metrics": _means(everything), "images": total, "blocks": blocks}
 

@@ -19,11 +19,12 @@ from evosearch.errors import NetworkError
 from evosearch.networks import InputSpec, Network, NetworkSpec, build_module
 from evosearch.pruning.blending import Blends, comparable, places_of
 from evosearch.pruning.criteria import Samples, channel_scores, criterion_named
-from evosearch.pruning.cutting import CuttingPlan
+from evosearch.pruning.cutting import Cutter, CuttingPlan
 from evosearch.pruning.folding import FastCopy, Layout, layout_of
 from evosearch.pruning.patches import Moments, patch_moments
 from evosearch.pruning.reconstruction import Target, targets_of
 from evosearch.pruning.statistics import gram_matrices
+from evosearch.scoring.features import Features, FeatureTap, feature_layer
 from evosearch.scoring.proxies import ProxySettings, proxy_named
 
 __all__ = [
@@ -68,6 +69,7 @@ class Workload:
         targets: What the dense layers return for the first calibration images; likewise.
         teacher: `(n_calibration, n_classes)` float32 outputs of the dense network; empty likewise.
         dense_logits: `(n_validation, n_classes)` float32 outputs of the dense network.
+        features: Of the dense network, for the same images.
         rounding: Mean divergence that the precision alone brings to the dense network, in nats.
     """
 
@@ -86,6 +88,7 @@ class Workload:
     targets: Mapping[str, Target]
     teacher: NDArray[np.float32]
     dense_logits: NDArray[np.float32]
+    features: Features
     rounding: float = 0.0
 
     def network(self) -> Network:
@@ -160,6 +163,29 @@ def _dense_logits(network: Network, layout: Layout, precision: str, images: list
     return logits(fast.module, images, fast.dtype)
 
 
+def _dense_answers(
+    network: Network, layout: Layout, layer: str | None, images: list[Tensor]
+) -> tuple[Tensor, Features]:
+    """Outputs and features of the dense network, in float32."""
+    fast = _dense_copy(network, layout, "float32")
+    tap = FeatureTap(fast.module, layer, sum(len(batch) for batch in images))
+    outputs, features = [], []
+    for batch in images:
+        outputs.append(logits(fast.module, [batch]))
+        features.append(tap.take(outputs[-1]).cpu())
+    values = torch.cat(features).numpy()
+    return torch.cat(outputs), Features(layer=layer, positions=tap.positions, values=values)
+
+
+def _feature_layer(network: Network, plan: CuttingPlan) -> str | None:
+    """Where the features are: see `feature_layer`."""
+    table = plan.table
+    place = np.arange(len(table.group_of)) - table.offsets[table.group_of]
+    first_half = 2 * place <= table.channels[table.group_of] - 1
+    narrow = Cutter(plan, network.module).cut(np.append(first_half, True))
+    return feature_layer(network.module, narrow, network.example(2))
+
+
 def _dense_copy(network: Network, layout: Layout, precision: str) -> FastCopy:
     fast = FastCopy(network.module, layout, DTYPES[precision])
     fast.update(network.module)
@@ -180,9 +206,10 @@ def with_validation(workload: Workload, validation: Images) -> Workload:
     network = workload.network()
     with single_thread():
         shown = list(batches(network, validation, workload.settings.batch_size))
-        dense = _dense_logits(network, workload.layout, "float32", shown).numpy()
+        outputs, features = _dense_answers(network, workload.layout, workload.features.layer, shown)
+    dense = outputs.numpy()
     _check_outputs(dense, validation)
-    return replace(workload, validation=validation, dense_logits=dense)
+    return replace(workload, validation=validation, dense_logits=dense, features=features)
 
 
 def _check_outputs(dense: NDArray[np.float32], validation: Images) -> None:
@@ -272,7 +299,7 @@ def prepare_workload(
     layout = layout_of(network)
     with single_thread():
         shown = list(batches(network, validation, size))
-        outputs = _dense_logits(network, layout, "float32", shown)
+        outputs, features = _dense_answers(network, layout, _feature_layer(network, plan), shown)
         dense = outputs.numpy()
         _check_outputs(dense, validation)
         rounding = 0.0
@@ -321,5 +348,6 @@ def prepare_workload(
         targets=targets,
         teacher=teacher,
         dense_logits=dense,
+        features=features,
         rounding=rounding,
     )

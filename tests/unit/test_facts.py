@@ -9,7 +9,7 @@ import pytest
 from evosearch.errors import ConfigMismatch, LedgerCorrupt
 from evosearch.facts import check_same, read_facts
 from evosearch.ledger import Ledger
-from evosearch.measurement import Measurement, Status
+from evosearch.measurement import METRICS, Measurement, Status
 from evosearch.policy import Policy
 from evosearch.recipe import check_recipe
 from evosearch.results.front import read_results
@@ -28,7 +28,7 @@ FACTS: dict[str, Any] = {
     "dense_macs": 1000,
     "dense_params": 500,
     "dense_error": 0.1,
-    "worst": {"error": 0.9, "loss": 2.3, "margin": 1.0, "divergence": 2.0},
+    "worst": {"error": 0.9, "loss": 2.3, "margin": 1.0, "divergence": 2.0, "distortion": 1.0},
     "outputs": [[5.0, -3.0], [0.5, 0.0]],
     "images": {"calibration": "aa", "validation": "bb"},
     "weights": "cc",
@@ -122,7 +122,7 @@ def entry(ledger: Ledger, track: str, policies: list[tuple[int, int]], macs: lis
 
 
 def measure(ledger: Ledger, keep: tuple[int, int], error: float, at: float) -> None:
-    metrics = {"error": error, "loss": error, "margin": error, "divergence": error}
+    metrics = dict.fromkeys(METRICS, error)
     measurement = Measurement(policy=Policy(keep), status=Status.OK, metrics=metrics, seconds=3.0)
     ledger.record(measurement, at)
 

@@ -84,7 +84,7 @@ def run_with(folder: Path, populations: list[list[Policy]]) -> Ledger:
         "dense_macs": TABLE.dense_costs[0],
         "dense_params": TABLE.dense_costs[1],
         "dense_error": 0.1,
-        "worst": {"error": 0.9, "loss": 2.3, "margin": 1.0, "divergence": 2.0},
+        "worst": {"error": 0.9, "loss": 2.3, "margin": 1.0, "divergence": 2.0, "distortion": 1.0},
         "outputs": [],
         "images": {},
         "weights": "",

@@ -37,14 +37,20 @@ print("ready", flush=True)
 for n in range(1, 1_000_000):
     policy = Policy((n,))
     ledger.record_ask("search", n, [policy], [(n, n)])
-    metrics = {"error": 1 / n, "loss": 1.0, "margin": 0.5, "divergence": 0.1}
+    metrics = {"error": 1 / n, "loss": 1.0, "margin": 0.5, "divergence": 0.1, "distortion": 0.2}
     ledger.record(Measurement(policy=policy, status=Status.OK, metrics=metrics), 0.0)
     print(policy.digest, flush=True)
 """
 
 
 def measured(policy: Policy, error: float = 0.1) -> Measurement:
-    metrics = {"error": error, "loss": 1 / 3, "margin": 0.5, "divergence": 1e-300}
+    metrics = {
+        "error": error,
+        "loss": 1 / 3,
+        "margin": 0.5,
+        "divergence": 1e-300,
+        "distortion": 1e-9,
+    }
     return Measurement(policy=policy, status=Status.OK, metrics=metrics, seconds=0.1 + 0.2)
 
 

@@ -14,7 +14,15 @@ from evosearch.scoring.objectives import (
 )
 
 NAMES = (*METRICS, *COSTS)
-VALUES = {"error": 0.2, "loss": 0.9, "margin": 0.4, "divergence": 0.1, "macs": 0.5, "params": 0.25}
+VALUES = {
+    "error": 0.2,
+    "loss": 0.9,
+    "margin": 0.4,
+    "divergence": 0.1,
+    "distortion": 0.3,
+    "macs": 0.5,
+    "params": 0.25,
+}
 
 
 @pytest.mark.parametrize(

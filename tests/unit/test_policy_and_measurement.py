@@ -11,7 +11,13 @@ from evosearch.errors import PolicyError
 from evosearch.measurement import METRICS, Measurement, Status
 from evosearch.policy import Policy
 
-METRIC_VALUES = {"error": 0.25, "loss": 1.5, "margin": 0.5, "divergence": 0.125}
+METRIC_VALUES = {
+    "error": 0.25,
+    "loss": 1.5,
+    "margin": 0.5,
+    "divergence": 0.125,
+    "distortion": 0.0625,
+}
 POLICY = Policy((8, 16))
 
 keeps = st.lists(st.integers(1, 10_000), max_size=60).map(tuple)
@@ -155,7 +161,7 @@ def test_ok_measurement_with_a_number_that_is_none_is_refused(name: str, value: 
 
 
 def test_ok_measurement_names_all_metrics_that_it_lacks() -> None:
-    with pytest.raises(ValueError, match=r"bad: \['loss', 'margin', 'divergence'\]"):
+    with pytest.raises(ValueError, match=r"bad: \['loss', 'margin', 'divergence', 'distortion'\]"):
         Measurement(policy=POLICY, status=Status.OK, metrics={"error": 0.5})
 
 

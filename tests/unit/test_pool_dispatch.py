@@ -15,7 +15,7 @@ from evosearch.scoring.dispatch import Dispatcher
 from evosearch.scoring.simulation import Fate, SimulatedCluster, VirtualClock
 
 TIMEOUT_S = 100.0
-METRICS = {"error": 0.1, "loss": 0.2, "margin": 0.25, "divergence": 0.3}
+METRICS = {"error": 0.1, "loss": 0.2, "margin": 0.25, "divergence": 0.3, "distortion": 0.1}
 
 
 def policies(n: int) -> list[Policy]:

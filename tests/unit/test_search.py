@@ -22,7 +22,7 @@ from evosearch.search import BASELINE, SEARCH, Outcome, Scoring, Search
 from evosearch.testing import chain_table
 from search_spaces.layer_sparsity import LayerSparsity
 
-WORST = {"error": 0.9, "loss": 2.3, "margin": 1.0, "divergence": 2.0}
+WORST = {"error": 0.9, "loss": 2.3, "margin": 1.0, "divergence": 2.0, "distortion": 1.0}
 TABLE = chain_table((16, 24, 32))
 BUDGET = 40
 
@@ -33,7 +33,7 @@ def formula(policy: Policy, table: GroupTable = TABLE) -> Measurement:
         return Measurement(policy=policy, status=Status.FAILED, reason="divisible by seven")
     removed = 1 - np.array(policy.keep) / table.channels
     error = float((removed**2 / np.arange(1, len(removed) + 1)).mean())
-    metrics = {"error": error, "loss": error, "margin": error, "divergence": error}
+    metrics = dict.fromkeys(METRICS, error)
     return Measurement(policy=policy, status=Status.OK, metrics=metrics, seconds=0.25)
 
 
@@ -45,7 +45,9 @@ def raced(policy: Policy, race: Race, table: GroupTable = TABLE) -> Measurement:
     whole = formula(policy, table)
     if whole.failed:
         return whole
-    noise = np.random.default_rng(sum(policy.keep)).lognormal(sigma=0.3, size=(N_IMAGES, 4))
+    rng = np.random.default_rng(sum(policy.keep))
+    noise = rng.lognormal(sigma=0.3, size=(N_IMAGES, 4))
+    noise = np.concatenate([noise, noise[:, : len(METRICS) - 4]], axis=1)
     difficulty = np.random.default_rng(0).lognormal(size=(N_IMAGES, 1))
     values = whole.metrics["error"] * noise * difficulty
     for seen in (64, 128, 256):
