@@ -2,10 +2,11 @@
 
 The quickstart's recipe with three seeds and several algorithms, each with the same number of
 evaluations: the shipped one, NSGA-II and GDE3, with uniform ratios as half of their first
-population, random search without, and the ladder of uniform ratios. Hypervolume on the validation
-images that the search saw, and on the 2,000 test images of the sample, which nothing but this
-report opens: there, every policy of the validation front is measured again. Mean and range over
-seeds.
+population, random search without, and the ladder of uniform ratios. `quick` minimises distortion on
+64 images in place of error on 1,000, at about an eighth of the time each, and gets four times the
+evaluations. Hypervolume of error and MACs on the validation images that the search saw, and on the
+2,000 test images of the sample, which nothing but this report opens: there, every policy of the
+front is measured again, for all methods in the recipe's way. Mean and range over seeds.
 
     python benchmarks/quickstart.py [--evaluations 120] [--seeds 3]
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from common import parser, show, write
+from numpy.typing import NDArray
 
 from evosearch.assembly import assemble
 from evosearch.data import open_source
@@ -30,8 +32,17 @@ from evosearch.run import launch
 from evosearch.scoring.pool import PoolSettings, make_pool
 from evosearch.scoring.workload import prepare_workload
 
+QUICK, LONGER = "surrogate, quick", 4
 METHODS: dict[str, dict[str, Any]] = {
     "surrogate": {"search.algorithm": "surrogate"},
+    "surrogate, by 24": {"search.algorithm": "surrogate", "search.population": 24},
+    QUICK: {
+        "search.algorithm": "surrogate",
+        "search.objectives": ["distortion", "macs"],
+        "proxy.reconstruction_layers": "cut",
+        "proxy.reconstruction_images": 64,
+        "data.validation": 64,
+    },
     "nsga2": {"search.algorithm": "nsga2"},
     "gde3": {"search.algorithm": "gde3"},
     "random, unseeded": {"search.algorithm": "random", "search.seed_share": 0.0},
@@ -72,9 +83,11 @@ def on_test(recipe: Recipe, results: list[Results], workers: int) -> dict[Policy
     return errors
 
 
-def test_hypervolume(results: Results, errors: dict[Policy, float]) -> float:
+def test_hypervolume(
+    results: Results, errors: dict[Policy, float], reference: NDArray[np.float64]
+) -> float:
     points = [(errors[row.policy], row.values["macs"]) for row in results.front]
-    return hypervolume(np.array(points), results.reference)
+    return hypervolume(np.array(points), reference)
 
 
 def main() -> None:
@@ -84,7 +97,7 @@ def main() -> None:
     made.add_argument("--workers", type=int, default=2)
     options = made.parse_args()
     found: dict[str, list[tuple[Results, float]]] = {}
-    recipe = None
+    recipe = load_recipe("quickstart", (), {"data.check": 0})
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(options.seeds):
             for name, changes in METHODS.items():
@@ -93,32 +106,33 @@ def main() -> None:
                 overrides: dict[str, Any] = {
                     **changes,
                     "search.seed": seed,
-                    "search.evaluations": options.evaluations,
+                    "search.evaluations": options.evaluations * (LONGER if name == QUICK else 1),
                     "search.baseline": 0,
                     "data.check": 0,
                     "run.workers": options.workers,
                 }
-                recipe = load_recipe("quickstart", (), overrides)
                 start = time.perf_counter()
                 run = Path(folder) / f"{name}-{seed}"
-                launch(recipe, run, Silent())
+                launch(load_recipe("quickstart", (), overrides), run, Silent())
                 seconds = time.perf_counter() - start
                 with Ledger.open(run) as ledger:
                     results = read_results(ledger)
                 found.setdefault(name, []).append((results, seconds))
                 print(f"{name}, seed {seed}: {results.hypervolume():.4f} in {seconds:.0f} s")
-    assert recipe is not None  # noqa: S101  there is at least one seed
     errors = on_test(recipe, [r for runs in found.values() for r, _ in runs], options.workers)
     rows, records = [], []
+    reference = found["surrogate"][0][0].reference
     for name, runs in found.items():
         seen = [r.hypervolume() for r, _ in runs]
-        test = [test_hypervolume(r, errors) for r, _ in runs]
+        test = [test_hypervolume(r, errors, reference) for r, _ in runs]
         evaluations = [len(r.rows) for r, _ in runs]
         walls = [s for _, s in runs]
         cells = [
             f"{np.mean(v):.4f} ({min(v):.4f} to {max(v):.4f})" if len(v) > 1 else f"{v[0]:.4f}"
             for v in (seen, test)
         ]
+        if name == QUICK:
+            cells[0] = "-"  # of another objective
         rows.append([name, max(evaluations), *cells, f"{np.mean(walls):.0f}"])
         records.append(
             {

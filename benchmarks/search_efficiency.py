@@ -209,11 +209,13 @@ class Optuna:
             self._study.tell(trial, [float(v) for v in values])
 
 
+# Of all that do not say otherwise. The surrogate learns from each answer, so it asks for few.
 POPULATION = 24
 REFERENCE = "optuna nsga2"
 METHODS: dict[str, tuple[type[Ours] | type[Optuna], dict[str, Any]]] = {
-    "surrogate": (Ours, {"name": "surrogate"}),
-    "surrogate, overlapping": (Ours, {"name": "surrogate", "ahead": True}),
+    "surrogate": (Ours, {"name": "surrogate", "population": 8}),
+    "surrogate, overlapping": (Ours, {"name": "surrogate", "population": 8, "ahead": True}),
+    "surrogate, by 24": (Ours, {"name": "surrogate"}),
     "level-switch": (Ours, {"name": "level-switch"}),
     "gde3, self-adaptive": (Ours, {"name": "gde3", "options": {"adaptive": True}}),
     "gde3": (Ours, {"name": "gde3"}),

@@ -180,6 +180,10 @@ def export(
     policy: Annotated[
         str | None, typer.Option(help="First digits of the network to write as .safetensors")
     ] = None,
+    calibration: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training images to prepare it with [as in the search]"),
+    ] = None,
 ) -> None:
     """Write the front of a run as a table or picture, or one of its networks.
 
@@ -198,7 +202,7 @@ def export(
     ]
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} exclude each other")
-    typer.echo(export_file(run, file, everything, generation, policy))
+    typer.echo(export_file(run, file, everything, generation, policy, calibration))
 
 
 @app.command()

@@ -29,7 +29,12 @@ def _records(results: Results, ledger: Ledger, everything: bool, generation: int
 
 
 def export_file(
-    run: Path, file: Path, everything: bool, generation: int | None, policy: str | None
+    run: Path,
+    file: Path,
+    everything: bool,
+    generation: int | None,
+    policy: str | None,
+    calibration: int | None = None,
 ) -> str:
     """Writes one file from a run, also while it is being searched.
 
@@ -39,6 +44,7 @@ def export_file(
         everything: Every measurement instead of the front.
         generation: The population after this generation instead of the front.
         policy: First digits of the network to write.
+        calibration: Training images to prepare it with; None for those of the search.
 
     Returns:
         A sentence for people.
@@ -51,12 +57,14 @@ def export_file(
         raise ConfigError(f"{file} must end with one of {', '.join(SUFFIXES)}")
     if policy is not None and file.suffix != ".safetensors":
         raise ConfigError("--policy writes a network: FILE must end with .safetensors")
+    if calibration is not None and file.suffix != ".safetensors":
+        raise ConfigError("--calibration prepares a network: FILE must end with .safetensors")
     if file.suffix in (".png", ".safetensors") and (everything or generation is not None):
         raise ConfigError(f"--all and --generation write tables, {file} is none")
     if file.suffix == ".safetensors":
         from evosearch.results.models import export_network
 
-        return export_network(run, file, policy)
+        return export_network(run, file, policy, calibration)
     with Ledger.open(run) as ledger:
         results = read_results(ledger)
         if file.suffix == ".png":

@@ -114,12 +114,12 @@ def _distinct() -> Any:
         """Marks genomes that are in another population, or earlier in their own."""
 
         def _do(self, pop: Any, other: Any, is_duplicate: Any) -> Any:
-            def name(individual: Any) -> bytes:
-                return bytes((individual.X + 0.0).tobytes())  # -0.0 equals 0.0
+            def names(members: Any) -> list[bytes]:
+                genomes = np.array([individual.X for individual in members], dtype=np.float64)
+                return [row.tobytes() for row in genomes + 0.0]  # -0.0 equals 0.0
 
-            seen = set() if other is None else set(map(name, other))
-            for row, individual in enumerate(pop):
-                genome = name(individual)
+            seen = set() if other is None else set(names(other))
+            for row, genome in enumerate(names(pop)):
                 is_duplicate[row] = genome in seen
                 if other is None:
                     seen.add(genome)

@@ -7,6 +7,7 @@ fills it; nothing is unpickled.
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from evosearch.assembly import assemble
+from evosearch.assembly import Assembled, assemble
 from evosearch.errors import ConfigError, NetworkError, PolicyError
 from evosearch.facts import check_same, read_facts
 from evosearch.ledger import Ledger
@@ -33,9 +34,10 @@ from evosearch.networks import (
 from evosearch.policy import Policy
 from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.groups import trace
-from evosearch.recipe import RunRecipe, explain
+from evosearch.recipe import RunRecipe, change_recipe, explain
 from evosearch.results.front import Row, read_results
 from evosearch.scoring.scorer import Scorer
+from evosearch.scoring.workload import Workload
 
 __all__ = ["export_network", "load_pruned"]
 
@@ -72,19 +74,40 @@ def _chosen(rows: tuple[Row, ...], digits: str | None, run: Path) -> Row:
     return found[0]
 
 
-def export_network(run: Path, file: Path, digits: str | None) -> str:
+def _with_more_images(assembled: Assembled, images: int) -> Workload:
+    """The workload whose proxy has that many training images, and cuts the same channels.
+
+    A search is frugal: hundreds of candidates are prepared, and only their order matters. The one
+    that is kept can have all layers fitted, on as many images as one likes.
+    """
+    changes = {
+        "data.calibration": images,
+        "proxy.recalibration_images": images,
+        "proxy.reconstruction_images": images,
+        "proxy.reconstruction_layers": "all",
+    }
+    recipe = change_recipe(assembled.recipe, changes, f"--calibration {images}")
+    found = assemble(recipe).workload
+    known = assembled.workload
+    return replace(found, places=known.places, blends=known.blends)
+
+
+def export_network(
+    run: Path, file: Path, digits: str | None, calibration: int | None = None
+) -> str:
     """Writes the network of one measured policy, as the proxy left it before measuring.
 
     Args:
         run: Directory of the run.
         file: Ends with `.safetensors`.
         digits: The first digits of the policy's digest.
+        calibration: Training images that it is prepared with; None for those of the search.
 
     Returns:
         A sentence for people.
 
     Raises:
-        ConfigError: No such policy, or several.
+        ConfigError: No such policy, or several; or it cannot be prepared with so many images.
         ConfigMismatch: Network or images are not the ones that were measured.
     """
     with Ledger.open(run) as ledger:
@@ -96,8 +119,16 @@ def export_network(run: Path, file: Path, digits: str | None) -> str:
     # Where it was searched does not matter any more.
     assembled = assemble(recorded.recipe.model_copy(update={"run": RunRecipe(workers=0)}))
     check_same(recorded, assembled.facts(), run)
-    module = Scorer(assembled.workload).network_of(row.policy)
-    spec = assembled.workload.spec
+    error, note, workload = row.values["error"], "", assembled.workload
+    if calibration is not None:
+        workload = _with_more_images(assembled, calibration)
+        measured = Scorer(workload).score(row.policy)
+        if not measured.ok:
+            raise ConfigError(f"--calibration {calibration}: {measured.reason}")
+        note = f" ({1 - error:.2%} as it was measured in the search)"
+        error = measured.metrics["error"]
+    module = Scorer(workload).network_of(row.policy)
+    spec = workload.spec
     facts = {
         "evosearch": "pruned network",
         "network": spec.name,
@@ -113,13 +144,13 @@ def export_network(run: Path, file: Path, digits: str | None) -> str:
         "policy": row.policy.digest,
         "macs": row.macs,
         "params": row.params,
-        "validation_error": row.values["error"],
+        "validation_error": error,
     }
     save_weights(file, module, facts)
     return (
         f"{file}: {spec.name} with {row.values['macs']:.1%} of the MACs and "
         f"{row.values['params']:.1%} of the parameters, validation top-1 "
-        f"{1 - row.values['error']:.2%}"
+        f"{1 - error:.2%}{note}"
     )
 
 

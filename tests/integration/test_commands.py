@@ -120,6 +120,21 @@ def test_an_exported_network_loads_and_does_what_was_measured(cli: Cli, run: Pat
     error = float((outputs.argmax(1).numpy() != images.labels).mean())
     assert error == pytest.approx(row.error, abs=1e-9)
 
+    more = ("--policy", row.policy[:8], "--calibration", "600")
+    said = cli.run("export", "run", "better.safetensors", *more).stdout
+    assert f"({1 - row.error:.2%} as it was measured in the search)" in said
+    better = evosearch.load_pruned(cli.folder / "better.safetensors")
+    pairs = zip(network.state_dict().values(), better.state_dict().values(), strict=True)
+    assert not all(torch.equal(one, other) for one, other in pairs)
+    with torch.inference_mode():
+        outputs = better(load_network(spec).normalise(images.pixels))
+    found = float((outputs.argmax(1).numpy() == images.labels).mean())
+    assert f"validation top-1 {found:.2%}" in said
+    refused = cli.run("export", "run", "f.csv", "--calibration", "64", code=2).stderr
+    assert "FILE must end with .safetensors" in refused
+    refused = cli.run("export", "run", "f.safetensors", *more[:3], "9999999", code=2).stderr
+    assert "data.calibration = 9999999" in refused
+
 
 def test_profile_predicts_before_anything_is_searched(cli: Cli, recipe: Callable[..., str]) -> None:
     said = cli.run("profile", recipe(), "--workers", "2").stdout
