@@ -234,6 +234,10 @@ class Scorer:
         """Metrics of the working copy on the validation images."""
         return _means(self._per_image(list(self._answers())))
 
+    def per_image(self) -> dict[str, NDArray[np.float64]]:
+        """`(n_validation,)` values of every metric of the working copy; their means are metrics."""
+        return {k: v.numpy() for k, v in self._per_image(list(self._answers())).items()}
+
     def _answers(self) -> Iterator[Answers]:
         """What the working copy makes of the validation images, batch by batch."""
         fast = self._measured
