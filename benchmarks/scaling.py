@@ -617,7 +617,7 @@ def main() -> None:
                 Size("alarms", 16, 1),
                 Size("alarms", 64, 3),
                 Size("alarms", 256, 6),
-                Size("alarms", 256, 12, overlap=True),
+                Size("alarms", 256, 36, overlap=True),
                 Size("alarms", 512, 6),
                 Size("ray", 256, 4),
                 Size("alarms", 256, 3, 2048),
