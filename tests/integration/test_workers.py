@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from evosearch.ledger import Ledger
@@ -65,15 +66,25 @@ def test_an_existing_cluster_can_be_joined(cli: Cli, recipe: Callable[..., str])
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     start = [ray, "start", "--head", "--port", port, "--num-cpus=2", "--include-dashboard=false"]
-    subprocess.run([*start, "--disable-usage-stats"], check=True, capture_output=True)
+    # `ray stop` would end every cluster on this machine, whosever it is.
+    cluster = psutil.Popen(
+        [*start, "--disable-usage-stats", "--block"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
+        assert any("Ray runtime started" in line for line in cluster.stdout)
         address = f"127.0.0.1:{port}"
         options = ("--evaluations", "6", "--set", "search.baseline=0", "--workers", "2")
         cli.run("launch", recipe(), "--out", "joined", "--ray-address", address, *options)
         # The cluster is not ours: it must be there for the next one, too.
         cli.run("resume", "joined", "--evaluations", "10", "--ray-address", address)
     finally:
-        subprocess.run([ray, "stop", "--force"], check=True, capture_output=True)
+        for process in (*cluster.children(recursive=True), cluster):
+            process.kill()
+        cluster.wait()
+        cluster.stdout.close()
     assert len(measured(cli.folder / "joined")) == 10
 
 
