@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,7 @@ __all__ = [
     "network_spec",
     "pool_settings",
     "reachable_costs",
+    "snapshot_stamp",
     "source_of",
 ]
 
@@ -280,12 +282,20 @@ class Assembled:
             "weights": _digest(self.workload.state),
             "channel_order": self._order_digest(),
             "criteria": None if self.criteria is None else asdict(self.criteria),
-            "versions": {
-                name: importlib.metadata.version(name)
-                for name in ("evosearch", "torch", "numpy", "pymoo", "ray", "torch-pruning")
-            }
-            | {"python": platform.python_version()},
+            "versions": versions(),
         }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries on which results may depend."""
+    names = ("evosearch", "torch", "numpy", "scipy", "pymoo", "ray", "torch-pruning")
+    libraries = {name: importlib.metadata.version(name) for name in names}
+    return libraries | {"python": platform.python_version()}
+
+
+def snapshot_stamp() -> str:
+    """What must be the same for a snapshot of a search to be used: the versions."""
+    return json.dumps(versions(), sort_keys=True)
 
 
 def _digest(arrays: Mapping[str, NDArray[np.generic]]) -> str:

@@ -12,16 +12,21 @@ the last second may be missing, as if it had not been measured; the file stays s
 
 import contextlib
 import fcntl
+import io
 import json
 import math
 import os
 import socket
 import sqlite3
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from evosearch.errors import (
     BackendError,
@@ -34,7 +39,7 @@ from evosearch.errors import (
 from evosearch.measurement import Measurement, Status, Terms
 from evosearch.policy import Policy
 
-__all__ = ["SCHEMA_VERSION", "Entry", "Ledger", "Member", "RunLock", "lock_holder"]
+__all__ = ["SCHEMA_VERSION", "Entry", "Ledger", "Member", "RunLock", "Snapshot", "lock_holder"]
 
 SCHEMA_VERSION = 3
 _APPLICATION_ID = 0x45564F53  # "EVOS"
@@ -81,6 +86,17 @@ CREATE TABLE population (
 """
 
 
+# Ledgers without it are as good: whoever resumes one replays it.
+_SNAPSHOTS = """
+CREATE TABLE IF NOT EXISTS snapshots (
+    track TEXT PRIMARY KEY,
+    stamp TEXT NOT NULL,
+    generation INTEGER NOT NULL,
+    state BLOB NOT NULL
+) STRICT;
+"""
+
+
 _MEASURED = "status, metrics, images, seconds, reason, blocks"
 
 
@@ -112,6 +128,21 @@ class Member:
     policy: Policy
     rank: int
     crowding: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What a search remembered after some generations: a shortcut, not a truth of its own.
+
+    Args:
+        stamp: What must be the same for it to be of use.
+        generation: How many generations had been told.
+        state: Named arrays of numbers and strings.
+    """
+
+    stamp: str
+    generation: int
+    state: Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +228,7 @@ def _decoding(path: Path) -> Iterator[None]:
     """Turns a row that does not hold what it should into a sentence about the file."""
     try:
         yield
-    except (ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as exc:
         raise LedgerCorrupt(
             f"{path} is damaged ({exc}); restore it from a copy, or launch anew with another --out"
         ) from exc
@@ -292,6 +323,7 @@ class Ledger:
     @staticmethod
     def _prepare_writing(connection: sqlite3.Connection) -> None:
         connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(_SNAPSHOTS)
 
     @staticmethod
     def _check(path: Path, connection: sqlite3.Connection) -> None:
@@ -416,6 +448,35 @@ class Ledger:
                     for i, member in enumerate(members)
                 ],
             )
+
+    def keep_snapshot(self, track: str, snapshot: Snapshot) -> None:
+        """Keeps a snapshot in place of the track's last one."""
+        stream = io.BytesIO()
+        np.savez(stream, allow_pickle=False, **snapshot.state)
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)",
+                (track, snapshot.stamp, snapshot.generation, stream.getvalue()),
+            )
+
+    def snapshot(self, track: str) -> Snapshot | None:
+        """The last snapshot of a track, of a ledger that is open for writing."""
+        rows = self._rows(
+            "SELECT stamp, generation, state FROM snapshots WHERE track = ?", (track,)
+        )
+        if not rows:
+            return None
+        ((stamp, generation, state),) = rows
+        with _decoding(self.path), np.load(io.BytesIO(state), allow_pickle=False) as arrays:
+            return Snapshot(stamp=stamp, generation=generation, state=dict(arrays))
+
+    def asked_before(self, track: str, generation: int) -> list[tuple[str, int, int]]:
+        """Digest, MACs and parameters of what was asked before a generation, each once."""
+        return self._rows(
+            "SELECT DISTINCT digest, macs, params FROM asks JOIN policies USING (digest) "
+            "WHERE track = ? AND generation < ?",
+            (track, generation),
+        )
 
     def known(
         self, policies: Sequence[Policy], *, terms: Terms = Terms.FULL

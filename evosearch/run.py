@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from evosearch.assembly import Assembled, algorithm_of, assemble, pool_settings
+from evosearch.assembly import Assembled, algorithm_of, assemble, pool_settings, snapshot_stamp
 from evosearch.checking import check_front
 from evosearch.errors import BudgetUnreachable, ConfigError, ConfigMismatch, RunExists
 from evosearch.facts import RunFacts, check_same, read_facts
@@ -245,6 +245,7 @@ def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Obse
                 stop=stop,
                 racing=assembled.recipe.search.racing,
                 overlap=assembled.recipe.search.overlap,
+                snapshots=snapshot_stamp(),
             )
             outcome = _search(assembled, ledger, scoring, observer, facts)
             if outcome.finished and assembled.recipe.search.baseline and outcome.evaluations:

@@ -1,7 +1,8 @@
 """The loop: ask, score what is not known yet, tell.
 
 Resuming is the same loop over a ledger that already knows: algorithms are deterministic, so they
-ask again for what they asked before, and those answers are there at once.
+ask again for what they asked before, and those answers are there at once. Where there is a snapshot
+that fits, the loop starts there.
 """
 
 import time
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evosearch.algorithms import Algorithm
+from evosearch.algorithms import Algorithm, Resumable
 from evosearch.errors import ReplayMismatch
 from evosearch.ledger import Ledger, Member
 from evosearch.measurement import Measurement, Terms
@@ -20,6 +21,7 @@ from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
 from evosearch.scoring.objectives import Goals
 from evosearch.scoring.racing import Bar, Race, Races
+from evosearch.snapshots import EVERY_S, Snapshots
 from evosearch.space import SearchSpace
 
 __all__ = ["BASELINE", "SEARCH", "Outcome", "Scoring", "Search"]
@@ -31,7 +33,8 @@ SEARCH, BASELINE = "search", "baseline"
 _FAILED_VIOLATION, _MAX_VIOLATION = 1e9, 1e6
 # So many asks in a row without a new policy mean that the space has no more to give.
 _STALLED_ASKS = 200
-_SPENT = "the budget is spent"
+_SPENT, _STOPPED = "the budget is spent", "stopped"
+_IDLE_ASKS = "idle_asks"
 
 FloatArray = NDArray[np.float64]
 Score = Callable[
@@ -75,6 +78,9 @@ class Scoring:
         racing: Chance that a candidate is dropped early which nothing known dominates; 0 shows all
             validation images to everyone. Concerns the search alone, not the ladder beside it.
         overlap: Ask for the next generation before the last one is complete.
+        snapshots: What must be the same as when a snapshot was made for it to be used: versions of
+            libraries, say; empty for a search that always replays.
+        snapshot_every_s: Least seconds between two of them.
     """
 
     table: GroupTable
@@ -85,6 +91,8 @@ class Scoring:
     clock: Callable[[], float] = time.time
     racing: float = 0.0
     overlap: bool = False
+    snapshots: str = ""
+    snapshot_every_s: float = EVERY_S
 
 
 @dataclass(kw_only=True)
@@ -144,6 +152,18 @@ class Search:
         self._bar = Bar(scoring.goals, racing) if racing else None
         self._terms = Terms.RACED if racing else Terms.FULL
         self._asks = 0
+        self._told = 0
+        # Generations in a row without a new policy.
+        self._idle_asks = 0
+        self._asked_in_vain = False
+        self._snapshots = Snapshots(
+            ledger,
+            track,
+            algorithm,
+            # What races compare with is not in a snapshot.
+            "" if racing else scoring.snapshots,
+            scoring.snapshot_every_s,
+        )
         # Whether candidates may be under way that no call waited for.
         self._sent_ahead = False
         self._recorded_generations = ledger.generations() if track == SEARCH else 0
@@ -160,10 +180,42 @@ class Search:
         Raises:
             ReplayMismatch: The algorithm asks for something else than it did before.
         """
-        generation, idle_asks = 0, 0
+        self._restore(evaluations)
+        outcome = self._run(evaluations, on_landing)
+        # An ask in vain may have moved the algorithm, and a replay would not ask twice.
+        if not self._asked_in_vain and outcome.reason in (_SPENT, _STOPPED):
+            self._keep_snapshot(now=True)
+        return outcome
+
+    def _restore(self, evaluations: int) -> None:
+        """Goes on where the last snapshot was made, if there is one."""
+        snapshot = self._snapshots.last()
+        if snapshot is None or not isinstance(self._algorithm, Resumable):
+            return
+        state = dict(snapshot.state)
+        self._idle_asks = int(state.pop(_IDLE_ASKS))
+        self._told = self._asks = snapshot.generation
+        goals = self._scoring.goals
+        self._paid = {
+            digest
+            for digest, *cost in self._ledger.asked_before(self._track, self._told)
+            if goals.affordable(self._shares((cost[0], cost[1])))
+        }
+        self._evaluations = len(self._paid)
+        for genomes in self._algorithm.restore(state):
+            # One that the budget did not reach for was never opened.
+            if len(self._paid) < evaluations:
+                self._open_ask(genomes, evaluations)
+
+    def _keep_snapshot(self, *, now: bool = False) -> None:
+        self._snapshots.keep(self._told, {_IDLE_ASKS: np.array(self._idle_asks)}, now=now)
+
+    def _run(
+        self, evaluations: int, on_landing: Callable[[Measurement, int], None] | None
+    ) -> Outcome:
         while True:
             # Before anything was told, there is nothing to breed a second generation from.
-            ahead = self._scoring.overlap and generation > 0
+            ahead = self._scoring.overlap and self._told > 0
             while (
                 len(self._open) <= ahead
                 and len(self._paid) < evaluations
@@ -178,7 +230,7 @@ class Search:
             ask = self._open[0]
             self._measure(ask, on_landing)
             if ask.unknown:
-                return self._outcome(False, "stopped")
+                return self._outcome(False, _STOPPED)
             if ask.cut_short:
                 return self._outcome(True, _SPENT)
             self._open.popleft()
@@ -189,11 +241,12 @@ class Search:
             objectives, violations = self._answers(ask)
             self._algorithm.tell(objectives, violations)
             self._raise_bar(ask, objectives, violations)
-            self._remember_population(generation)
-            generation += 1
-            idle_asks = 0 if ask.paid else idle_asks + 1
-            if idle_asks >= _STALLED_ASKS:
+            self._remember_population(self._told)
+            self._told += 1
+            self._idle_asks = 0 if ask.paid else self._idle_asks + 1
+            if self._idle_asks >= _STALLED_ASKS:
                 return self._outcome(True, f"no new policy in {_STALLED_ASKS} generations")
+            self._keep_snapshot()
 
     def _outcome(self, finished: bool, reason: str) -> Outcome:
         return Outcome(evaluations=self._evaluations, finished=finished, reason=reason)
@@ -201,8 +254,13 @@ class Search:
     def _ask(self, evaluations: int) -> bool:
         """Opens another ask; False if there is none."""
         genomes = self._algorithm.ask()
+        self._asked_in_vain = genomes is None
         if genomes is None:
             return False
+        self._open_ask(genomes, evaluations)
+        return True
+
+    def _open_ask(self, genomes: FloatArray, evaluations: int) -> None:
         policies = self._space.decode(genomes)
         costs = self._costs(policies)
         self._remember_ask(self._asks, policies, costs)
@@ -232,7 +290,6 @@ class Search:
                 races=self._races(policies, costs, unknown),
             )
         )
-        return True
 
     def _costs(self, policies: Sequence[Policy]) -> list[tuple[int, int]]:
         macs, params = self._scoring.table.costs_of(policies)

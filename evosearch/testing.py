@@ -12,6 +12,7 @@ would only cost time.
 
 # ruff: noqa: S101  an assertion is what a test is made of
 
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from evosearch.algorithms import Algorithm, Population
+from evosearch.algorithms import Algorithm, Population, Resumable, State
 from evosearch.errors import SpaceError
 from evosearch.policy import Policy
 from evosearch.pruning.table import Axis, Group, GroupTable, LayerCost
@@ -326,6 +327,47 @@ class AlgorithmContract(ABC):
             one.tell(exchange.objectives, exchange.violations)
             if foreign is not None:
                 other.tell(*self._answer(foreign))
+
+    @staticmethod
+    def _written(state: State) -> State:
+        """What is left of a state after it was on disk."""
+        stream = io.BytesIO()
+        np.savez(stream, allow_pickle=False, **state)
+        stream.seek(0)
+        with np.load(stream) as arrays:
+            return dict(arrays)
+
+    def _turns(
+        self, algorithm: Algorithm, asked: list[FloatArray], turns: int, *, ahead: bool
+    ) -> list[FloatArray]:
+        """All genomes of some turns of asks and tells, those of open asks first."""
+        seen = list(asked)
+        for _ in range(turns):
+            while len(asked) <= ahead and (genomes := algorithm.ask()) is not None:
+                asked.append(genomes.copy())
+                seen.append(asked[-1])
+            if not asked:
+                break
+            algorithm.tell(*self._answer(asked.pop(0)))
+        return [*seen, algorithm.population.genomes]
+
+    def test_put_into_a_state_it_goes_on_the_same(self) -> None:
+        """Sameness: what resuming without a replay rests on; for a `Resumable`."""
+        for ahead in (False, True):
+            for told in range(1, self._GENERATIONS):
+                one, other, asked = self.make(7), self.make(7), list[FloatArray]()
+                if not isinstance(one, Resumable) or not isinstance(other, Resumable):
+                    return
+                self._turns(one, asked, 1, ahead=False)
+                self._turns(one, asked, told - 1, ahead=ahead)
+                restored = other.restore(self._written(one.state()))
+                assert len(restored) == len(asked), "another number of asks is open"
+                left = self._GENERATIONS - told
+                expected = self._turns(one, asked, left, ahead=ahead)
+                found = self._turns(other, restored, left, ahead=ahead)
+                assert len(found) == len(expected), f"after {told} turns it stops elsewhere"
+                for a, b in zip(found, expected, strict=True):
+                    assert np.array_equal(a, b), f"restored after {told} turns, it asks otherwise"
 
     def test_another_seed_asks_for_other_genomes(self) -> None:
         """A seed has a meaning."""

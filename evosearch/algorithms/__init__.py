@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from evosearch.algorithms import evolution
 from evosearch.algorithms.adaptive import SelfAdaptive
-from evosearch.algorithms.base import Algorithm, Population
+from evosearch.algorithms.base import Algorithm, Population, Resumable, State
 from evosearch.algorithms.baselines import FixedSequence, RandomSearch
 from evosearch.algorithms.foresight import Foresight, Known, nothing_known
 from evosearch.algorithms.seeding import initial_population
@@ -27,6 +27,8 @@ __all__ = [
     "Foresight",
     "Known",
     "Population",
+    "Resumable",
+    "State",
     "make_algorithm",
 ]
 

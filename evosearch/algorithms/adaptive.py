@@ -15,7 +15,14 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
-from evosearch.algorithms.base import AskTellGuard, Population
+from evosearch.algorithms.base import (
+    AskTellGuard,
+    Population,
+    State,
+    generator_in,
+    generator_state,
+    numbered,
+)
 from evosearch.pareto import total_violation
 
 __all__ = ["SelfAdaptive"]
@@ -104,6 +111,24 @@ class SelfAdaptive:
         if self._members is None:
             raise RuntimeError("there is no population before the first tell()")
         return self._members
+
+    def state(self) -> State:
+        """What later asks depend on."""
+        return {
+            **self._guard.state(),
+            **self.population.state("members"),
+            **{f"open_own.{i}": own.copy() for i, own in enumerate(self._open)},
+            "own": self._own.copy(),
+            "rng": generator_state(self._rng),
+        }
+
+    def restore(self, state: State) -> list[FloatArray]:
+        """Goes on from a state; returns the open asks."""
+        self._members = Population.of_state(state, "members")
+        self._open = deque(numbered(state, "open_own"))
+        self._own = state["own"].copy()
+        self._rng = generator_in(state["rng"])
+        return self._guard.restore(state)
 
 
 def _weakly_better(trials: Population, targets: Population) -> tuple[BoolArray, BoolArray]:

@@ -1,8 +1,9 @@
 """The role of an algorithm: it asks for genomes and is told what they were worth."""
 
+import json
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +11,20 @@ from numpy.typing import NDArray
 from evosearch.checks import check_finite, check_shape
 from evosearch.pareto import crowding_distance, ranks
 
-__all__ = ["Algorithm", "AskTellGuard", "Population"]
+__all__ = [
+    "Algorithm",
+    "AskTellGuard",
+    "Population",
+    "Resumable",
+    "State",
+    "generator_in",
+    "generator_state",
+    "numbered",
+]
 
 FloatArray = NDArray[np.float64]
+State = dict[str, NDArray[Any]]
+"""What an algorithm remembers, as named arrays of numbers and strings."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +71,16 @@ class Population:
         """The members of some rows, in their order."""
         return Population(self.genomes[rows], self.objectives[rows], self.violations[rows])
 
+    def state(self, name: str) -> State:
+        """Its arrays, their names beginning with this one."""
+        parts = {part: getattr(self, part) for part in self.__dataclass_fields__}
+        return {f"{name}.{part}": array.copy() for part, array in parts.items()}
+
+    @classmethod
+    def of_state(cls, state: State, name: str) -> Self:
+        """The population that was written under a name."""
+        return cls(*(state[f"{name}.{part}"].copy() for part in cls.__dataclass_fields__))
+
 
 class Algorithm(Protocol):
     """Asks and is told, in turns.
@@ -96,6 +118,47 @@ class Algorithm(Protocol):
         """The current members, after at least one tell."""
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """What an `Algorithm` may be besides: one that writes down what it remembers.
+
+    It guarantees:
+
+    **Sameness.** Made alike and put into the state of another one, it asks what that one asks, bit
+    for bit, now and later.
+    """
+
+    def state(self) -> State:
+        """What later asks depend on, open asks included; after at least one tell."""
+
+    def restore(self, state: State) -> list[FloatArray]:
+        """Puts an algorithm that was just made into a state.
+
+        Returns:
+            The genomes of the asks that were open, the oldest first.
+        """
+
+
+def generator_state(rng: np.random.Generator) -> NDArray[Any]:
+    """The state of a generator as an array of one string."""
+    return np.array(json.dumps(rng.bit_generator.state))
+
+
+def generator_in(state: NDArray[Any]) -> np.random.Generator:
+    """A generator of numpy's default kind in a state that was written."""
+    rng = np.random.default_rng(0)
+    rng.bit_generator.state = json.loads(str(state))
+    return rng
+
+
+def numbered(state: State, name: str) -> list[NDArray[Any]]:
+    """The arrays `name.0`, `name.1` and so on."""
+    found: list[NDArray[Any]] = []
+    while f"{name}.{len(found)}" in state:
+        found.append(state[f"{name}.{len(found)}"].copy())
+    return found
+
+
 class AskTellGuard:
     """Keeps asks and tells in order, one ask ahead at most, and checks what is told.
 
@@ -131,3 +194,15 @@ class AskTellGuard:
         check_finite(violations, "violations")
         self._told = True
         return self._open.popleft()
+
+    def state(self) -> State:
+        """Its open asks; something was told."""
+        if not self._told:
+            raise RuntimeError("there is no state before the first tell()")
+        return {f"open.{i}": genomes.copy() for i, genomes in enumerate(self._open)}
+
+    def restore(self, state: State) -> list[FloatArray]:
+        """Opens the asks of a state, and returns copies of them."""
+        self._told = True
+        self._open = deque(numbered(state, "open"))
+        return [genomes.copy() for genomes in self._open]

@@ -3,7 +3,13 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from evosearch.algorithms.base import AskTellGuard, Population
+from evosearch.algorithms.base import (
+    AskTellGuard,
+    Population,
+    State,
+    generator_in,
+    generator_state,
+)
 
 __all__ = ["FixedSequence", "RandomSearch", "Survivors"]
 
@@ -36,6 +42,15 @@ class Survivors:
             raise RuntimeError("there is no population before the first tell()")
         return self._kept
 
+    def state(self) -> State:
+        """What later asks depend on."""
+        return {**self._guard.state(), **self.population.state("kept")}
+
+    def restore(self, state: State) -> list[FloatArray]:
+        """Goes on from a state; returns the open asks."""
+        self._kept = Population.of_state(state, "kept")
+        return self._guard.restore(state)
+
 
 class RandomSearch(Survivors):
     """Uniformly random genomes, after the first population.
@@ -60,6 +75,15 @@ class RandomSearch(Survivors):
         genomes, self._next = self._next, self._rng.random(self._next.shape)
         return self._guard.ask(genomes)
 
+    def state(self) -> State:
+        """What later asks depend on."""
+        return {**super().state(), "next": self._next.copy(), "rng": generator_state(self._rng)}
+
+    def restore(self, state: State) -> list[FloatArray]:
+        """Goes on from a state; returns the open asks."""
+        self._next, self._rng = state["next"].copy(), generator_in(state["rng"])
+        return super().restore(state)
+
 
 class FixedSequence(Survivors):
     """Given genomes in their order, a few at a time, then nothing: the ladder of uniform ratios.
@@ -81,3 +105,12 @@ class FixedSequence(Survivors):
         """The next genomes, None after the last."""
         self._guard.before_ask()
         return self._guard.ask(self._parts.pop(0)) if self._parts else None
+
+    def state(self) -> State:
+        """What later asks depend on."""
+        return {**super().state(), "parts_left": np.array(len(self._parts))}
+
+    def restore(self, state: State) -> list[FloatArray]:
+        """Goes on from a state; returns the open asks."""
+        self._parts = self._parts[len(self._parts) - int(state["parts_left"]) :]
+        return super().restore(state)

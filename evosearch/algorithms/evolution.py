@@ -24,7 +24,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evosearch.algorithms.base import AskTellGuard, Population
+from evosearch.algorithms.base import (
+    AskTellGuard,
+    Population,
+    State,
+    generator_in,
+    generator_state,
+    numbered,
+)
 from evosearch.algorithms.options import check_range
 
 __all__ = [
@@ -157,6 +164,23 @@ def nsde(initial: FloatArray, options: DifferentialOptions) -> Any:
     return NSDE(pop_size=len(initial), sampling=initial, CR=options.cr, F=options.f)
 
 
+# How pymoo's survival left each member; tournaments read it.
+_STANDING: dict[str, Callable[[float], float]] = {"rank": int, "crowding": float}
+
+
+def _numbers(values: Any) -> FloatArray:
+    """As floats, NaN for None: the infeasible are given no standing."""
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _evaluate(members: Any, objectives: FloatArray, violations: FloatArray) -> None:
+    """Sets what a population of pymoo was worth."""
+    members.set("F", objectives)
+    members.set("G", violations)
+    for individual in members:
+        individual.evaluated.update(("F", "G", "H"))
+
+
 class Evolution:
     """An algorithm of pymoo behind ask and tell.
 
@@ -203,11 +227,44 @@ class Evolution:
         """Results of all genomes of the oldest open ask, in its order."""
         self._guard.tell(objectives, violations)
         asked = self._open.popleft()
-        asked.set("F", objectives)
-        asked.set("G", violations)
-        for individual in asked:
-            individual.evaluated.update(("F", "G", "H"))
+        _evaluate(asked, objectives, violations)
         self._algorithm.tell(infills=asked)
+
+    def state(self) -> State:
+        """What later asks depend on."""
+        members = self._algorithm.pop
+        standing = {name: _numbers(members.get(name)) for name in _STANDING}
+        return {
+            **self._guard.state(),
+            # Not clipped: distances to them decide later.
+            **{f"asked.{i}": np.array(asked.get("X"), float) for i, asked in enumerate(self._open)},
+            **Population(*(np.array(members.get(k), float) for k in "XFG")).state("members"),
+            **{f"members.{name}": values for name, values in standing.items()},
+            "n_iter": np.array(self._algorithm.n_iter),
+            "rng": generator_state(self._algorithm.random_state),
+        }
+
+    def restore(self, state: State) -> list[FloatArray]:
+        """Goes on from a state; returns the open asks."""
+        from pymoo.core.population import Population as Members
+
+        written = Population.of_state(state, "members")
+        members = Members.new("X", written.genomes)
+        _evaluate(members, written.objectives, written.violations)
+        for name, convert in _STANDING.items():
+            for member, value in zip(members, state[f"members.{name}"], strict=True):
+                if not np.isnan(value):
+                    member.set(name, convert(value))
+        algorithm = self._algorithm
+        algorithm.pop = members
+        algorithm.n_iter = int(state["n_iter"])
+        algorithm.is_initialized = True
+        algorithm.random_state = generator_in(state["rng"])
+        for genomes in numbered(state, "asked"):
+            asked = Members.new("X", genomes)
+            asked.set("index", np.arange(len(genomes)))  # DE: whose trial each one is
+            self._open.append(asked)
+        return self._guard.restore(state)
 
     @property
     def population(self) -> Population:

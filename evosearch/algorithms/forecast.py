@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from evosearch.algorithms.base import State
 from evosearch.algorithms.foresight import Foresight
 from evosearch.algorithms.gaussian import GaussianProcess
 from evosearch.policy import Policy
@@ -79,6 +80,8 @@ class Forecaster:
         self._low, self._span = low[self._groups], (high - low)[self._groups]
         self._foresight = foresight
         self._columns: dict[tuple[str, int], _Column] = {}
+        # Hyperparameters of the last fit, from which the next one starts.
+        self._starts: dict[tuple[str, int], FloatArray] = {}
 
     def points(self, policies: Sequence[Policy]) -> FloatArray:
         """`(n, n_free_groups)` coordinates."""
@@ -98,13 +101,25 @@ class Forecaster:
         for kind, (values, exact) in answers.items():
             for j in np.flatnonzero(np.isnan(exact).any(axis=0)):
                 key = (kind, int(j))
-                columns[key] = self._column(points, values[:, j], self._columns.get(key))
+                columns[key] = self._column(points, values[:, j], self._starts.get(key))
         self._columns = columns
+        self._starts = {
+            key: column.process.parameters for key, column in columns.items() if column.process
+        }
 
-    def _column(self, points: FloatArray, values: FloatArray, before: _Column | None) -> _Column:
+    def state(self) -> State:
+        """What the next fit depends on besides what it is told."""
+        return {f"{kind}.{j}": theta.copy() for (kind, j), theta in self._starts.items()}
+
+    def restore(self, state: State) -> None:
+        """Starts the next fit where a state says."""
+        for name, theta in state.items():
+            kind, j = name.split(".")
+            self._starts[kind, int(j)] = theta.copy()
+
+    def _column(self, points: FloatArray, values: FloatArray, start: FloatArray | None) -> _Column:
         if len(values) < 2 or np.ptp(values) == 0 or not len(self._groups):
             return _Column(None, float(values.mean()) if len(values) else 0.0)
-        start = before.process.parameters if before and before.process else None
         iterations = _FIRST_ITERATIONS if start is None else _NEXT_ITERATIONS
         return _Column(GaussianProcess(points, values, start, iterations), 0.0)
 

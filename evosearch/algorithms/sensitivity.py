@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from evosearch.algorithms.base import State
 from evosearch.algorithms.baselines import Survivors
 from evosearch.algorithms.foresight import Foresight
 from evosearch.algorithms.options import check_range
@@ -87,6 +88,17 @@ class SensitivitySweep(Survivors):
         if len(self._rises) == self._sweep_size:
             self._left = self._ladder(np.array(self._rises))
             self._rises = None
+
+    def state(self) -> State:
+        """What later asks depend on."""
+        rises = {} if self._rises is None else {"rises": np.array(self._rises)}
+        return {**super().state(), "left": self._left.copy(), **rises}
+
+    def restore(self, state: State) -> list[FloatArray]:
+        """Goes on from a state; returns the open asks."""
+        self._left = state["left"].copy()
+        self._rises = state["rises"].tolist() if "rises" in state else None
+        return super().restore(state)
 
     def _ladder(self, told: FloatArray) -> FloatArray:
         """`(n_rungs, n_genes)` of the greedy descent, the ends first, then ever finer halves."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evosearch.algorithms.base import Population
+from evosearch.algorithms.base import Population, State, generator_in, generator_state
 from evosearch.algorithms.baselines import Survivors
 from evosearch.algorithms.forecast import Forecaster, Told
 from evosearch.algorithms.foresight import Foresight
@@ -127,6 +127,32 @@ class SurrogateSearch(Survivors):
             self._space.decode(genomes), genomes, objectives, violations, strict=True
         ):
             self._told.setdefault(policy, [np.array(part) for part in row])
+
+    def state(self) -> State:
+        """What later asks depend on."""
+        fits = {f"fit.{name}": theta for name, theta in self._forecaster.state().items()}
+        return {
+            **super().state(),
+            **self._archive().state("told"),
+            **fits,
+            "rng": generator_state(self._rng),
+        }
+
+    def restore(self, state: State) -> list[FloatArray]:
+        """Goes on from a state; returns the open asks."""
+        self._initial = None
+        self._rng = generator_in(state["rng"])
+        told = Population.of_state(state, "told")
+        rows = zip(told.genomes, told.objectives, told.violations, strict=True)
+        policies = self._space.decode(told.genomes)
+        self._told = {policy: list(row) for policy, row in zip(policies, rows, strict=True)}
+        prefix = "fit."
+        self._forecaster.restore(
+            {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+        )
+        open_asks = super().restore(state)
+        self._asked = {*policies, *(p for asked in open_asks for p in self._space.decode(asked))}
+        return open_asks
 
     def _archive(self) -> Population:
         rows = self._told.values()

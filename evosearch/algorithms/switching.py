@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from evosearch.algorithms.base import State, generator_in, generator_state
 from evosearch.algorithms.baselines import Survivors
 from evosearch.algorithms.foresight import Foresight
 from evosearch.algorithms.levels import LevelMoves
@@ -86,7 +87,8 @@ class LevelSwitching(Survivors):
         )
         self._rng = np.random.default_rng(seed)
         self._initial: FloatArray | None = initial.copy()
-        self._asked: set[Policy] = set()
+        # With a genome of each, to write down.
+        self._asked: dict[Policy, FloatArray] = {}
 
     def ask(self) -> FloatArray:
         """The next genomes."""
@@ -95,8 +97,20 @@ class LevelSwitching(Survivors):
             genomes, self._initial = self._initial, None
         else:
             genomes = self._moves.genomes(self._offspring())
-        self._asked.update(self._space.decode(genomes))
+        self._asked.update(zip(self._space.decode(genomes), genomes.copy(), strict=True))
         return self._guard.ask(genomes)
+
+    def state(self) -> State:
+        """What later asks depend on."""
+        asked = np.array(list(self._asked.values()))
+        return {**super().state(), "rng": generator_state(self._rng), "asked": asked}
+
+    def restore(self, state: State) -> list[FloatArray]:
+        """Goes on from a state; returns the open asks."""
+        self._initial = None
+        self._rng = generator_in(state["rng"])
+        self._asked = dict(zip(self._space.decode(state["asked"]), state["asked"], strict=True))
+        return super().restore(state)
 
     def _offspring(self) -> IntArray:
         """`(n, n_genes)` level indices, new as policies as far as a few tries find any."""

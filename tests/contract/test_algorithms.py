@@ -5,7 +5,13 @@ from functools import cache
 import numpy as np
 import pytest
 
-from evosearch.algorithms import ALGORITHMS, Algorithm, AlgorithmSettings, make_algorithm
+from evosearch.algorithms import (
+    ALGORITHMS,
+    Algorithm,
+    AlgorithmSettings,
+    Resumable,
+    make_algorithm,
+)
 from evosearch.errors import ConfigError
 from evosearch.networks import NetworkSpec, load_network
 from evosearch.pruning.groups import trace
@@ -37,6 +43,16 @@ class TestAlgorithms(AlgorithmContract):
     def make(self, seed: int) -> Algorithm:
         return build(self.name, 8, seed, self.n_constraints)
 
+    def test_it_can_write_down_what_it_remembers(self) -> None:
+        assert isinstance(self.make(1), Resumable)
+
+    def test_there_is_nothing_to_write_down_before_the_first_tell(self) -> None:
+        algorithm = self.make(1)
+        assert isinstance(algorithm, Resumable)
+        algorithm.ask()
+        with pytest.raises(RuntimeError, match="before the first tell"):
+            algorithm.state()
+
     def test_it_works_with_the_smallest_population(self) -> None:
         algorithm = build(self.name, ALGORITHMS[self.name].min_population)
         assert len(self._converse(algorithm)) >= 6
@@ -56,6 +72,21 @@ class TestAlgorithms(AlgorithmContract):
             members = exchange.population
             kept = members.objectives[(members.violations <= 0).all(axis=1)]
             assert np.array_equal(kept.min(axis=0, initial=np.inf), best)
+
+
+@pytest.mark.parametrize("name", ["de", "gde3"])
+class TestSelfAdaptive(AlgorithmContract):
+    @pytest.fixture(autouse=True)
+    def _choose(self, name: str) -> None:
+        self.name = name
+        self.n_objectives = 1 if ALGORITHMS[name].single_objective else 2
+        self.n_genes = space().n_genes
+
+    def make(self, seed: int) -> Algorithm:
+        settings = AlgorithmSettings(
+            name=self.name, population=8, seed=seed, options={"adaptive": True}
+        )
+        return make_algorithm(settings, space(), self.n_objectives, self.n_constraints)
 
 
 def test_seed_genomes_come_first_in_the_first_ask() -> None:

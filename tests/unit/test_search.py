@@ -1,7 +1,9 @@
 """The loop over a real ledger. Scoring is a formula here: scorers have tests of their own."""
 
 import os
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 
 from evosearch.algorithms import ALGORITHMS, AlgorithmSettings, make_algorithm
-from evosearch.errors import ReplayMismatch
+from evosearch.algorithms.evolution import Evolution
+from evosearch.errors import LedgerCorrupt, ReplayMismatch
 from evosearch.ledger import Entry, Ledger, Member
 from evosearch.measurement import METRICS, Measurement, Status, Terms
 from evosearch.policy import Policy
@@ -82,6 +85,7 @@ class Bench:
         interrupt_at: Counts of measurements at which `stop` becomes true, once each.
         racing: Error rate of races; those are run on numbers like those of images.
         overlap: Whether generations overlap.
+        snapshots: Whether each generation leaves one.
     """
 
     run: Path
@@ -96,6 +100,7 @@ class Bench:
     interrupt_at: list[int] = field(default_factory=list)
     racing: float = 0.0
     overlap: bool = False
+    snapshots: bool = True
     _stopping: bool = False
 
     def _stop(self) -> bool:
@@ -152,6 +157,8 @@ class Bench:
             clock=lambda: 0.0,
             racing=self.racing,
             overlap=self.overlap,
+            snapshots=f"of {self.algorithm}" if self.snapshots else "",
+            snapshot_every_s=0.0,
         )
         with self.ledger(write=True) as ledger:
             search = Search(space, algorithm, scoring, ledger, self.track)
@@ -272,10 +279,16 @@ def test_landing_is_reported_with_the_count_so_far(bench: Bench) -> None:
     assert seen == [(policy, count) for count, policy in enumerate(bench.scored, start=1)]
 
 
+either_way = pytest.mark.parametrize("snapshots", [False, True], ids=["replayed", "restored"])
+
+
+@either_way
 @every_algorithm
 @pytest.mark.parametrize("seed", range(3))
-def test_stopped_search_ends_as_if_never_stopped(folder: Path, algorithm: str, seed: int) -> None:
-    whole, parts = (Bench(folder / name, algorithm) for name in ("whole", "parts"))
+def test_stopped_search_ends_as_if_never_stopped(
+    folder: Path, algorithm: str, seed: int, *, snapshots: bool
+) -> None:
+    whole, parts = (Bench(folder / n, algorithm, snapshots=snapshots) for n in ("whole", "parts"))
     stops = np.random.default_rng(seed).choice(np.arange(20), 4, replace=False)
     parts.interrupt_at = sorted(int(stop) for stop in stops)
     for bench in (whole, parts):
@@ -287,9 +300,12 @@ def test_stopped_search_ends_as_if_never_stopped(folder: Path, algorithm: str, s
     assert parts.scored == whole.scored
 
 
+@either_way
 @every_algorithm
-def test_killed_search_ends_as_if_never_killed(folder: Path, algorithm: str) -> None:
-    whole, killed = (Bench(folder / name, algorithm) for name in ("whole", "killed"))
+def test_killed_search_ends_as_if_never_killed(
+    folder: Path, algorithm: str, *, snapshots: bool
+) -> None:
+    whole, killed = (Bench(folder / n, algorithm, snapshots=snapshots) for n in ("whole", "killed"))
     whole.search()
     for deaths_at in (0, 5, 17, 18, 39):
 
@@ -307,9 +323,12 @@ def test_killed_search_ends_as_if_never_killed(folder: Path, algorithm: str) -> 
     assert killed.story() == whole.story()
 
 
+@either_way
 @every_algorithm
-def test_larger_budget_later_is_a_larger_budget_at_once(folder: Path, algorithm: str) -> None:
-    once, later = (Bench(folder / name, algorithm) for name in ("once", "later"))
+def test_larger_budget_later_is_a_larger_budget_at_once(
+    folder: Path, algorithm: str, *, snapshots: bool
+) -> None:
+    once, later = (Bench(folder / n, algorithm, snapshots=snapshots) for n in ("once", "later"))
     once.search(BUDGET)
     for budget in (3, 8, 21, BUDGET):
         assert later.search(budget).evaluations == budget
@@ -324,6 +343,66 @@ def test_finished_search_run_again_scores_nothing(folder: Path, algorithm: str) 
     assert bench.search() == first
     assert bench.scored == []
     assert bench.story() == before
+
+
+def asks_of(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often the algorithm is asked when a finished search is continued by one policy."""
+    asks = 0
+    ask = Evolution.ask
+
+    def counting(algorithm: Evolution) -> Any:
+        nonlocal asks
+        asks += 1
+        return ask(algorithm)
+
+    monkeypatch.setattr(Evolution, "ask", counting)
+    bench.search(BUDGET + 1)
+    return asks
+
+
+def test_a_snapshot_spares_breeding_what_was_asked_before(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.search()
+    assert asks_of(bench, monkeypatch) <= 1 < len(bench.asks()) - 1
+
+
+def test_a_snapshot_with_another_stamp_is_not_used(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.search()
+    with closing(sqlite3.connect(bench.run / "ledger.sqlite")) as db:
+        db.execute("UPDATE snapshots SET stamp = 'of other libraries'")
+        db.commit()
+    assert asks_of(bench, monkeypatch) == len(bench.asks())
+
+
+def test_a_run_without_a_snapshot_is_replayed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.search()
+    with closing(sqlite3.connect(bench.run / "ledger.sqlite")) as db:
+        db.execute("DROP TABLE snapshots")  # as an earlier evosearch left it
+    assert asks_of(bench, monkeypatch) == len(bench.asks())
+
+
+def test_a_search_that_found_nothing_more_does_not_ask_again_than_it_did(folder: Path) -> None:
+    bench = Bench(folder / "run", "nsga2", table=chain_table([2, 3]))
+    bench.score = lambda policy: formula(policy, bench.table)
+    bench.options = {"sparsity": [0.0, 1.0]}
+    bench.search(1000)
+    before = bench.asks()
+    assert bench.search(2000).finished
+    assert bench.asks() == before
+
+
+def test_a_damaged_snapshot_is_named(bench: Bench) -> None:
+    bench.search()
+    with closing(sqlite3.connect(bench.run / "ledger.sqlite")) as db:
+        db.execute("UPDATE snapshots SET state = substr(state, 1, 100)")
+        db.commit()
+    with pytest.raises(LedgerCorrupt, match=r"ledger\.sqlite is damaged"):
+        bench.search(BUDGET + 1)
 
 
 def test_stop_is_an_outcome_that_is_not_finished(bench: Bench) -> None:
@@ -532,12 +611,15 @@ def test_ladder_beside_a_search_with_races_is_measured_in_full(bench: Bench) -> 
 # --- overlapping generations
 
 
+@either_way
 @every_algorithm
 @pytest.mark.parametrize("seed", range(2))
 def test_stopped_search_with_overlap_ends_as_if_never_stopped(
-    folder: Path, algorithm: str, seed: int
+    folder: Path, algorithm: str, seed: int, *, snapshots: bool
 ) -> None:
-    whole, parts = (Bench(folder / n, algorithm, overlap=True) for n in ("whole", "parts"))
+    whole, parts = (
+        Bench(folder / n, algorithm, overlap=True, snapshots=snapshots) for n in ("whole", "parts")
+    )
     stops = np.random.default_rng(seed).choice(np.arange(40), 4, replace=False)
     parts.interrupt_at = sorted(int(stop) for stop in stops)
     for bench in (whole, parts):
@@ -551,9 +633,14 @@ def test_stopped_search_with_overlap_ends_as_if_never_stopped(
     assert sorted(p.digest for p in parts.scored) == sorted(p.digest for p in whole.scored)
 
 
+@either_way
 @every_algorithm
-def test_larger_budget_later_is_the_same_with_overlap(folder: Path, algorithm: str) -> None:
-    once, later = (Bench(folder / n, algorithm, overlap=True) for n in ("once", "later"))
+def test_larger_budget_later_is_the_same_with_overlap(
+    folder: Path, algorithm: str, *, snapshots: bool
+) -> None:
+    once, later = (
+        Bench(folder / n, algorithm, overlap=True, snapshots=snapshots) for n in ("once", "later")
+    )
     once.search(BUDGET)
     for budget in (3, 8, 16, 21, BUDGET):
         assert later.search(budget).evaluations == budget
