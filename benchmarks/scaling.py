@@ -1,6 +1,7 @@
-"""Does one driver keep hundreds of workers busy, and does a long search stay quick and small?
+"""Does one driver keep hundreds of workers busy?
 
-Four questions, all about quickstart's recipe (ResNet-20, NSGA-II):
+Two questions about quickstart's recipe (ResNet-20, NSGA-II); `resume.py` asks how a long search is
+resumed, and what memory it takes:
 
 1. Candidates per second with one and with two real workers, in turns. Beside it the time that a
    worker waits for its next candidate, which is what queueing one ahead could save.
@@ -14,21 +15,15 @@ Four questions, all about quickstart's recipe (ResNet-20, NSGA-II):
    for the last candidate of a generation; and overlapping generations, each bred when the last but
    one is complete, while stragglers of the last are still scored. `+ overlap` is the search with
    overlapping generations (`search.overlap`), measured.
-3. Resume of a ledger with many measurements: from `resume` to the moment at which the first
-   unknown policy is to be scored, in a fresh process, imports aside.
-4. Memory of the driver while those measurements are made.
 
-    python benchmarks/scaling.py [--quick] [--seconds 1.0] [--only real,busy,resume]
+    python benchmarks/scaling.py [--quick] [--seconds 1.0] [--only real,busy]
 
 The machine must be idle: one that is shared makes the driver look slow. The load is in the JSON.
 """
 
 import asyncio
 import heapq
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -37,16 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from common import parser, show, write
 from numpy.typing import NDArray
 
-from evosearch.assembly import Assembled, algorithm_of, assemble
+from evosearch.assembly import Assembled, algorithm_of, assemble, snapshot_stamp
 from evosearch.ledger import Ledger
 from evosearch.measurement import METRICS, Measurement, Status
 from evosearch.policy import Policy
 from evosearch.recipe import load_recipe
-from evosearch.run import resume
 from evosearch.scoring.dispatch import Dispatcher, Record, Stop, Transport
 from evosearch.scoring.pool import PoolSettings, RayPool, RayTransport
 from evosearch.scoring.racing import NO_RACES, Race, Races
@@ -56,17 +49,16 @@ from evosearch.search import Scoring, Search
 
 POPULATION = 512
 TIMEOUT_S = 600.0
-EVERY = 10_000  # measurements between two looks at the memory
 
 
 def never() -> bool:
     return False
 
 
-def prepare(evaluations: int) -> Assembled:
+def prepare(evaluations: int, algorithm: str = "nsga2", population: int = POPULATION) -> Assembled:
     changes = {
-        "search.algorithm": "nsga2",
-        "search.population": POPULATION,
+        "search.algorithm": algorithm,
+        "search.population": population,
         "search.evaluations": evaluations,
         "search.baseline": 0,
         "run.workers": 2,
@@ -179,6 +171,7 @@ def search(
         worst=assembled.facts()["worst"],
         score=score,
         overlap=overlap,
+        snapshots=snapshot_stamp(),
     )
     Search(assembled.space, make_algorithm(assembled), scoring, ledger).run(budget, seen)
 
@@ -474,132 +467,16 @@ def clusters(
     return found
 
 
-# 3 and 4. A long ledger.
-
-
-def grow(assembled: Assembled, run: Path, n: int) -> dict[str, Any]:
-    """Makes a run of so many measurements, in no time each, and watches the memory."""
-    formula = Formula(assembled.workload.plan.table.channels)
-    process = psutil.Process()
-    samples: list[tuple[int, float]] = []
-
-    def score(policies: Sequence[Policy], record: Record, *_: object) -> None:
-        for policy in policies:
-            record(formula(policy, 0.5))
-
-    def seen(_measurement: Measurement, count: int) -> None:
-        if count % (n // 10 if n < EVERY else EVERY) == 0:
-            samples.append((count, process.memory_info().rss / 2**20))
-
-    facts = {**assembled.facts(), "seeds": [], "evaluations": n, "state": "interrupted"}
-    run.mkdir()
-    (run / "recipe.toml").write_text(assembled.recipe.to_toml())
-    start, cpu = time.perf_counter(), time.process_time()
-    with Ledger.create(run, facts) as ledger:
-        search(assembled, ledger, score, n, seen)
-    wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-    counts, megabytes = np.array(samples[1:]).T
-    return {
-        "measurements": n,
-        "wall_s": wall,
-        "driver_ms_per_candidate": 1e3 * wall / n,
-        "driver_cpu_ms_per_candidate": 1e3 * cpu / n,
-        "rss_mb": samples,
-        "rss_mb_per_10000": float(np.polyfit(counts, megabytes, 1)[0] * 10_000),
-        "ledger_mb": (run / "ledger.sqlite").stat().st_size / 2**20,
-    }
-
-
-class Ready(Exception):
-    """The first unknown policy is to be scored."""
-
-
-class Watch:
-    """An observer that leaves when scorers are about to be started."""
-
-    def phase(self, text: str) -> None:
-        """A new phase has begun."""
-        if text.startswith("starting"):
-            raise Ready
-
-    def landed(self, track: str, measurement: Measurement, count: int, budget: int) -> None:
-        """A measurement landed."""
-
-
-def time_resume(run: Path, n: int) -> None:
-    """In a process of its own: `resume` until it is ready; prints JSON."""
-    import evosearch.run as run_module
-
-    start, cpu = time.perf_counter(), time.process_time()
-    replay: list[float] = []
-    drive = run_module._drive
-
-    def timed(*arguments: Any) -> Any:
-        replay.extend([time.perf_counter(), time.process_time()])
-        return drive(*arguments)
-
-    run_module._drive = timed  # type: ignore[assignment]
-    try:
-        resume(run, Watch(), evaluations=n + POPULATION)
-    except Ready:
-        end, cpu_end = time.perf_counter(), time.process_time()
-        found = {
-            "resume_s": end - start,
-            "resume_cpu_s": cpu_end - cpu,
-            "replay_s": end - replay[0],
-            "replay_cpu_s": cpu_end - replay[1],
-            "rss_mb": psutil.Process().memory_info().rss / 2**20,
-            "load": os.getloadavg()[0],
-        }
-        print(json.dumps(found))
-
-
-def long_ledger(n: int, repetitions: int) -> dict[str, Any]:
-    assembled = prepare(n)
-    with tempfile.TemporaryDirectory(prefix="evosearch-scaling-") as folder:
-        run = Path(folder) / "run"
-        grown = grow(assembled, run, n)
-        command = [sys.executable, __file__, "--resume", str(run), "--measurements", str(n)]
-        resumes = []
-        for _ in range(repetitions):
-            made = subprocess.run(command, check=True, capture_output=True, text=True)
-            resumes.append(json.loads(made.stdout.splitlines()[-1]))
-    show(
-        f"A ledger of {n:,} measurements, {grown['ledger_mb']:.0f} MB",
-        ["resume", "seconds", "of the processor", "replay alone", "of the processor", "load"],
-        [
-            [
-                i + 1,
-                r["resume_s"],
-                r["resume_cpu_s"],
-                r["replay_s"],
-                r["replay_cpu_s"],
-                r["load"],
-            ]
-            for i, r in enumerate(resumes)
-        ],
-    )
-    memory = ", ".join(f"{megabytes:.0f}" for _, megabytes in grown["rss_mb"])
-    print(f"memory of the driver meanwhile: {memory} MB; {grown['rss_mb_per_10000']:.2f} MB more")
-    print(f"for each 10,000; {grown['driver_ms_per_candidate']:.2f} ms for each candidate\n")
-    return {**grown, "resumes": resumes}
-
-
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--quick", action="store_true", help="one minute instead of several")
     made.add_argument("--seconds", type=float, default=1.0, help="mean of a simulated candidate")
-    made.add_argument("--only", default="real,busy,resume")
-    made.add_argument("--measurements", type=int, help="in the long ledger")
-    made.add_argument("--resume", type=Path, help="(internal) time the resume of this run")
+    made.add_argument("--only", default="real,busy")
     options = made.parse_args()
     quick = options.quick
-    n = options.measurements or (5_000 if quick else 100_000)
-    if options.resume:
-        return time_resume(options.resume, n)
     only = set(options.only.split(","))
     found: dict[str, Any] = {"load_before": os.getloadavg(), "quick": quick}
-    assembled = prepare(n)
+    assembled = prepare(5_000)
     costs = {"submit_ms": 0.25, "result_ms": 0.15}
     if "real" in only:
         found["real"] = real(assembled, 4 if quick else 8, 1 if quick else 3)
@@ -623,10 +500,7 @@ def main() -> None:
                 Size("alarms", 256, 3, 2048),
             ]
         found["busy"] = clusters(assembled, seconds, costs, sizes)
-    if "resume" in only:
-        found["resume"] = long_ledger(n, 1 if quick else 2)
     write("scaling", options.json, found)
-    return None
 
 
 if __name__ == "__main__":
