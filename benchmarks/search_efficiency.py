@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from evosearch.algorithms import AlgorithmSettings, make_algorithm
 from evosearch.assembly import as_trained, foresight_of
 from evosearch.data import Images, open_source
-from evosearch.measurement import Measurement
+from evosearch.measurement import METRICS, Measurement
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.pareto import front_mask, hypervolume
 from evosearch.policy import Policy
@@ -101,8 +101,12 @@ class Scores:
         rows = self._file.execute(
             "SELECT policy, metrics, seconds FROM scores WHERE workload = ?", (self._key,)
         )
+        read = ((policy, json.loads(metrics), seconds) for policy, metrics, seconds in rows)
+        # A table may be older than a metric; what lacks one is measured again.
         self._known: dict[str, tuple[dict[str, float], float]] = {
-            policy: (json.loads(metrics), seconds) for policy, metrics, seconds in rows
+            policy: (metrics, seconds)
+            for policy, metrics, seconds in read
+            if metrics.keys() >= set(METRICS)
         }
         self.fresh = 0
 
@@ -228,6 +232,7 @@ METHODS: dict[str, tuple[type[Ours] | type[Optuna], dict[str, Any]]] = {
     "optuna tpe": (Optuna, {"sampler": "TPESampler"}),
     REFERENCE: (Optuna, {"sampler": "NSGAIISampler"}),
 }
+OBJECTIVES = ("divergence", "distortion", "error")
 UNSEEDED = ("uniform", "sensitivity")
 WORKERS_CHARGED = 2
 
@@ -441,7 +446,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     made.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    made.add_argument("--objective", choices=("divergence", "error"), default="divergence")
+    made.add_argument("--objective", choices=OBJECTIVES, default="divergence")
     made.add_argument("--evaluations", type=int, default=200, help="of each method")
     made.add_argument("--target", type=int, default=2000, help=f"evaluations of {REFERENCE}")
     made.add_argument("--seeds", type=int, default=5)
