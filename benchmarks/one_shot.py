@@ -10,6 +10,7 @@ calibration images as `--final` says; the others with the images of the search, 
 recalibration.
 
     python benchmarks/one_shot.py [--data FOLDER] [--evaluations 72] [--seeds 3]
+        [--shares 0.7 0.5 0.3] [--methods "searched, distortion" ...]
 """
 
 import itertools
@@ -170,10 +171,10 @@ def choose(
 ) -> dict[Key, tuple[Policy, float | None]]:
     """The policy of each key, and the objective's value that it was chosen by."""
     chosen: dict[Key, tuple[Policy, float | None]] = {}
-    for share, (name, method), seed in itertools.product(
-        options.shares, METHODS.items(), range(options.seeds)
+    for share, name, seed in itertools.product(
+        options.shares, options.methods, range(options.seeds)
     ):
-        key = name, share, seed
+        key, method = (name, share, seed), METHODS[name]
         if method.search is None:
             if not seed:
                 assembled = assemble(load_recipe(str(recipe), (), {**common, **method.proxy}))
@@ -194,6 +195,37 @@ def choose(
     return chosen
 
 
+def opened(
+    assembled: Assembled,
+    chosen: Mapping[Key, tuple[Policy, float | None]],
+    train: Images,
+    test: Images,
+    options: Any,
+) -> list[dict[str, Any]]:
+    """Records of chosen policies, prepared for the last time and measured on test images."""
+    more = train.take(np.arange(options.final))
+    calibration = as_trained(more, assembled.workload.network(), 0)
+    policies = [policy for policy, _ in chosen.values()]
+    metrics = on_test(assembled, policies, calibration, test, options.final, options.workers)
+    table = assembled.workload.plan.table
+    return [
+        {
+            "share": share,
+            "method": method,
+            "seed": seed,
+            "macs": int(table.costs_of([policy])[0][0]) / table.dense_costs[0],
+            "evaluations": METHODS[method].longer * options.evaluations
+            if METHODS[method].search
+            else 0,
+            "test_top1": 100 * (1 - metrics[policy]["error"]),
+            "test_divergence": metrics[policy]["divergence"],
+            "chosen_by": seen,
+            "policy": list(policy.keep),
+        }
+        for (method, share, seed), (policy, seen) in chosen.items()
+    ]
+
+
 def mean_and_range(values: Sequence[float], digits: int) -> str:
     """Of some seeds."""
     mean = f"{np.mean(values):.{digits}f}"
@@ -207,6 +239,7 @@ def main() -> None:
     made.add_argument("--evaluations", type=int, default=72)
     made.add_argument("--final", type=int, default=1024, help="calibration images in the end")
     made.add_argument("--shares", type=float, nargs="*", default=SHARES)
+    made.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--workers", type=int, default=2)
     options = made.parse_args()
@@ -224,34 +257,13 @@ def main() -> None:
         }
         chosen = choose(common, recipe, options)
         for proxy in (L1, COMPENSATED, RECONSTRUCTED):
-            assembled = assemble(load_recipe(str(recipe), (), {**common, **proxy}))
-            more = train.take(np.arange(options.final))
-            calibration = as_trained(more, assembled.workload.network(), 0)
             mine = {key: value for key, value in chosen.items() if METHODS[key[0]].final is proxy}
-            policies = [policy for policy, _ in mine.values()]
-            metrics = on_test(
-                assembled, policies, calibration, test, options.final, options.workers
-            )
-            table = assembled.workload.plan.table
-            records += [
-                {
-                    "share": share,
-                    "method": method,
-                    "seed": seed,
-                    "macs": int(table.costs_of([policy])[0][0]) / table.dense_costs[0],
-                    "evaluations": METHODS[method].longer * options.evaluations
-                    if METHODS[method].search
-                    else 0,
-                    "test_top1": 100 * (1 - metrics[policy]["error"]),
-                    "test_divergence": metrics[policy]["divergence"],
-                    "chosen_by": seen,
-                    "policy": list(policy.keep),
-                }
-                for (method, share, seed), (policy, seen) in mine.items()
-            ]
+            if mine:
+                assembled = assemble(load_recipe(str(recipe), (), {**common, **proxy}))
+                records += opened(assembled, mine, train, test, options)
     rows: list[list[Any]] = []
     best: dict[float, float] = {}
-    for share, method in itertools.product(options.shares, METHODS):
+    for share, method in itertools.product(options.shares, options.methods):
         same = [r for r in records if (r["share"], r["method"]) == (share, method)]
         top1 = [r["test_top1"] for r in same]
         best[share] = max(best.get(share, 0.0), float(np.mean(top1)))

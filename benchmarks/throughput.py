@@ -35,7 +35,9 @@ from torch import nn
 from evosearch.data import Images, augment, balanced_subset
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement
+from evosearch.networks import Network
 from evosearch.policy import Policy
+from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.groups import trace
 from evosearch.pruning.table import GroupTable
 from evosearch.scoring.pool import PoolSettings, RayPool
@@ -284,70 +286,92 @@ def _plain(policy: Policy) -> Measurement:
     return Measurement(policy=policy, status=Status.OK, metrics=dict.fromkeys(METRICS, 0.5))
 
 
-def main() -> None:
-    made = parser(__doc__)
-    made.add_argument("--blocks", type=int, default=3)
-    made.add_argument("--policies", type=int, default=8, help="per block")
-    options = made.parse_args()
-    import optuna
-    import ray
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    torch.set_num_threads(1)
-    network = published(options.data, "resnet56")
-    plan = trace(network)
-    train = images(options.data, "cifar10_train")
-    rng = np.random.default_rng(0)
+def the_images(folder: Path) -> tuple[Images, Images]:
+    """Calibration and validation images, balanced, of different parts of the training images."""
+    train = images(folder, "cifar10_train")
     first, last = np.arange(45_000), np.arange(45_000, 50_000)
-    pixels = {
-        "calibration": train.take(first[balanced_subset(train.labels[first], CALIBRATION, 0)]),
-        "validation": train.take(last[balanced_subset(train.labels[last], VALIDATION, 0)]),
-    }
+    return (
+        train.take(first[balanced_subset(train.labels[first], CALIBRATION, 0)]),
+        train.take(last[balanced_subset(train.labels[last], VALIDATION, 0)]),
+    )
+
+
+def prepared(
+    network: Network, plan: CuttingPlan, calibration: Images, validation: Images
+) -> dict[str, Workload]:
+    """What each of ours scores with."""
+    rng = np.random.default_rng(0)
     workloads = {}
-    for name, (calibration, validation, proxy) in OURS.items():
-        chosen = pixels["calibration"].take(np.arange(calibration))
+    for name, (n_calibration, n_validation, proxy) in OURS.items():
+        chosen = calibration.take(np.arange(n_calibration))
         workloads[name] = prepare_workload(
             network,
             plan,
             ProxySettings(**{**proxy, "precision": settled_precision("auto")}),
             Images(augment(chosen.pixels, 4, True, rng), chosen.labels),
-            pixels["validation"].take(np.arange(validation)),
+            validation.take(np.arange(n_validation)),
         )
-    policies = random_policies(plan.table, options.blocks * options.policies)
-    rates: dict[str, list[float]] = {n: [] for n in (RIVAL, *OURS)}
+    return workloads
+
+
+def in_turns(
+    workloads: dict[str, Workload],
+    table: GroupTable,
+    policies: list[Policy],
+    blocks: int,
+    arguments: tuple[Path, Images, Images],
+) -> dict[str, list[float]]:
+    """Candidates per second of everybody, block after block of the same policies.
+
+    Args:
+        workloads: Ours.
+        table: Of the network.
+        policies: What all of them score, as many in each block.
+        blocks: How many.
+        arguments: What a worker of the rival starts with.
+    """
+    import optuna
+    import ray
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         directions=["minimize", "minimize"], sampler=optuna.samplers.NSGAIISampler(seed=0)
     )
+    rates: dict[str, list[float]] = {n: [] for n in (RIVAL, *workloads)}
     context = multiprocessing.get_context("spawn")
-    arguments = (options.data, pixels["calibration"], pixels["validation"])
     # The workers of one pool are idle while others score: one cluster has room for all.
     ray.init(
         address="local",
-        num_cpus=PROCESSES * len(OURS),
+        num_cpus=PROCESSES * len(workloads),
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=1 << 30,
     )
     pools = {n: RayPool(w, PoolSettings(workers=PROCESSES)) for n, w in workloads.items()}
     with ProcessPoolExecutor(PROCESSES, context, start_rival, arguments) as executor:
-        rival_block(executor, study, plan.table, policies[:PROCESSES])  # starts, warms up
+        rival_block(executor, study, table, policies[:PROCESSES])  # starts, warms up
         for pool in pools.values():
             ours_block(pool, policies[:PROCESSES])
-        for index in range(options.blocks):
-            block = policies[index * options.policies : (index + 1) * options.policies]
-            rates[RIVAL].append(rival_block(executor, study, plan.table, block))
+        size = len(policies) // blocks
+        for index in range(blocks):
+            block = policies[index * size : (index + 1) * size]
+            rates[RIVAL].append(rival_block(executor, study, table, block))
             for name, pool in pools.items():
                 rates[name].append(ours_block(pool, block))
     for pool in pools.values():
         pool.close()
     ray.shutdown()
-    ratios = {
-        name: [ours / theirs for ours, theirs in zip(r, rates[RIVAL], strict=True)]
-        for name, r in rates.items()
-    }
-    taus = fidelity()
+    return rates
+
+
+def show_rates(
+    rates: dict[str, list[float]],
+    ratios: dict[str, list[float]],
+    taus: dict[str, dict[str, float]],
+    title: str,
+) -> None:
     show(
-        f"ResNet-56, {PROCESSES} processes, {options.blocks} blocks of {options.policies} policies",
+        title,
         ["", "candidates / s", "ratio", "range", "tau (95%)"],
         [
             [
@@ -362,7 +386,9 @@ def main() -> None:
             for name, rate in rates.items()
         ],
     )
-    parts = {name: where_time_goes(w, policies[:6]) for name, w in workloads.items()}
+
+
+def show_parts(parts: dict[str, dict[str, Any]]) -> None:
     steps = ("cut", "compensate", "reconstruct", "recalibrate", "measure")
     show(
         "Where a candidate's time goes, one core",
@@ -379,6 +405,30 @@ def main() -> None:
             for name, part in parts.items()
         ],
     )
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--blocks", type=int, default=3)
+    made.add_argument("--policies", type=int, default=8, help="per block")
+    options = made.parse_args()
+    torch.set_num_threads(1)
+    network = published(options.data, "resnet56")
+    plan = trace(network)
+    calibration, validation = the_images(options.data)
+    workloads = prepared(network, plan, calibration, validation)
+    policies = random_policies(plan.table, options.blocks * options.policies)
+    arguments = (options.data, calibration, validation)
+    rates = in_turns(workloads, plan.table, policies, options.blocks, arguments)
+    ratios = {
+        name: [ours / theirs for ours, theirs in zip(r, rates[RIVAL], strict=True)]
+        for name, r in rates.items()
+    }
+    taus = fidelity()
+    title = f"{PROCESSES} processes, {options.blocks} blocks of {options.policies} policies"
+    show_rates(rates, ratios, taus, f"ResNet-56, {title}")
+    parts = {name: where_time_goes(w, policies[:6]) for name, w in workloads.items()}
+    show_parts(parts)
     print(f"goals: ratio {GOAL_RATIO:g}, {GOAL_PEAK:.0%} of peak, {GOAL_OUTSIDE:.0%} outside")
     write(
         "throughput",
