@@ -141,10 +141,19 @@ def time_resume(run: Path, n: int) -> None:
         print(json.dumps(found))
 
 
-def timings(run: Path, n: int, repetitions: int) -> list[dict[str, Any]]:
+def forget(run: Path) -> None:
+    """Deletes the snapshots of a run; a replay leaves new ones."""
+    with closing(sqlite3.connect(run / "ledger.sqlite")) as db:
+        db.execute("DELETE FROM snapshots")
+        db.commit()
+
+
+def timings(run: Path, n: int, repetitions: int, *, replay: bool) -> list[dict[str, Any]]:
     command = [sys.executable, __file__, "--resume", str(run), "--measurements", str(n)]
     found = []
     for _ in range(repetitions):
+        if replay:
+            forget(run)
         made = subprocess.run(command, check=True, capture_output=True, text=True)
         found.append(json.loads(made.stdout.splitlines()[-1]))
     return found
@@ -157,11 +166,8 @@ def measure(long: Long, repetitions: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="evosearch-resume-") as folder:
         run = Path(folder) / "run"
         grown = grow(assembled, run, n)
-        restored = timings(run, n, repetitions)
-        with closing(sqlite3.connect(run / "ledger.sqlite")) as db:
-            db.execute("DELETE FROM snapshots")
-            db.commit()
-        replayed = timings(run, n, repetitions)
+        restored = timings(run, n, repetitions, replay=False)
+        replayed = timings(run, n, repetitions, replay=True)
     memory = ", ".join(f"{megabytes:.0f}" for _, megabytes in grown["rss_mb"])
     print(f"{long.algorithm}: memory of the driver {memory} MB, {grown['rss_mb_per_10000']:.2f} MB")
     print(f"for each 10,000; {grown['driver_ms_per_candidate']:.2f} ms for each candidate\n")

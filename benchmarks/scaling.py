@@ -171,7 +171,7 @@ def search(
         worst=assembled.facts()["worst"],
         score=score,
         overlap=overlap,
-        snapshots=snapshot_stamp(),
+        snapshots=snapshot_stamp(assembled.space),
     )
     Search(assembled.space, make_algorithm(assembled), scoring, ledger).run(budget, seen)
 

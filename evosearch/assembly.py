@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -293,9 +294,13 @@ def versions() -> dict[str, str]:
     return libraries | {"python": platform.python_version()}
 
 
-def snapshot_stamp() -> str:
-    """What must be the same for a snapshot of a search to be used: the versions."""
-    return json.dumps(versions(), sort_keys=True)
+def snapshot_stamp(space: SearchSpace) -> str:
+    """What must be the same for a snapshot of a search to be used: versions, and our own code."""
+    package = Path(__file__).parent
+    sources = [*sorted(package.rglob("*.py")), Path(inspect.getfile(type(space)))]
+    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    others = {name: importlib.metadata.version(name) for name in ("moocore",)}
+    return json.dumps({**versions(), **others, "code": code}, sort_keys=True)
 
 
 def _digest(arrays: Mapping[str, NDArray[np.generic]]) -> str:

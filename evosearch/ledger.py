@@ -95,6 +95,7 @@ CREATE TABLE IF NOT EXISTS snapshots (
     state BLOB NOT NULL
 ) STRICT;
 """
+_STATE = "state."
 
 
 _MEASURED = "status, metrics, images, seconds, reason, blocks"
@@ -228,7 +229,7 @@ def _decoding(path: Path) -> Iterator[None]:
     """Turns a row that does not hold what it should into a sentence about the file."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as exc:
+    except (ValueError, KeyError, TypeError) as exc:
         raise LedgerCorrupt(
             f"{path} is damaged ({exc}); restore it from a copy, or launch anew with another --out"
         ) from exc
@@ -452,23 +453,32 @@ class Ledger:
     def keep_snapshot(self, track: str, snapshot: Snapshot) -> None:
         """Keeps a snapshot in place of the track's last one."""
         stream = io.BytesIO()
-        np.savez(stream, allow_pickle=False, **snapshot.state)
+        arrays = {f"{_STATE}{name}": array for name, array in snapshot.state.items()}
+        np.savez(stream, allow_pickle=False, **arrays)
         with self._transaction() as db:
             db.execute(
                 "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)",
                 (track, snapshot.stamp, snapshot.generation, stream.getvalue()),
             )
 
-    def snapshot(self, track: str) -> Snapshot | None:
-        """The last snapshot of a track, of a ledger that is open for writing."""
+    def snapshot(self, track: str, stamp: str) -> Snapshot | None:
+        """The last snapshot of a track, of a ledger that is open for writing.
+
+        Returns:
+            None if there is none of that stamp, or it cannot be read: then there is the ledger.
+        """
         rows = self._rows(
-            "SELECT stamp, generation, state FROM snapshots WHERE track = ?", (track,)
+            "SELECT generation, state FROM snapshots WHERE track = ? AND stamp = ?", (track, stamp)
         )
         if not rows:
             return None
-        ((stamp, generation, state),) = rows
-        with _decoding(self.path), np.load(io.BytesIO(state), allow_pickle=False) as arrays:
-            return Snapshot(stamp=stamp, generation=generation, state=dict(arrays))
+        ((generation, written),) = rows
+        try:
+            with np.load(io.BytesIO(written), allow_pickle=False) as arrays:
+                state = {name.removeprefix(_STATE): array for name, array in arrays.items()}
+        except (ValueError, EOFError, zipfile.BadZipFile):
+            return None
+        return Snapshot(stamp=stamp, generation=generation, state=state)
 
     def asked_before(self, track: str, generation: int) -> list[tuple[str, int, int]]:
         """Digest, MACs and parameters of what was asked before a generation, each once."""

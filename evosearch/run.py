@@ -245,7 +245,7 @@ def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Obse
                 stop=stop,
                 racing=assembled.recipe.search.racing,
                 overlap=assembled.recipe.search.overlap,
-                snapshots=snapshot_stamp(),
+                snapshots=snapshot_stamp(assembled.space),
             )
             outcome = _search(assembled, ledger, scoring, observer, facts)
             if outcome.finished and assembled.recipe.search.baseline and outcome.evaluations:

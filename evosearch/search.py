@@ -34,7 +34,7 @@ _FAILED_VIOLATION, _MAX_VIOLATION = 1e9, 1e6
 # So many asks in a row without a new policy mean that the space has no more to give.
 _STALLED_ASKS = 200
 _SPENT, _STOPPED = "the budget is spent", "stopped"
-_IDLE_ASKS = "idle_asks"
+_IDLE_ASKS = "search.idle_asks"
 
 FloatArray = NDArray[np.float64]
 Score = Callable[
@@ -80,7 +80,7 @@ class Scoring:
         overlap: Ask for the next generation before the last one is complete.
         snapshots: What must be the same as when a snapshot was made for it to be used: versions of
             libraries, say; empty for a search that always replays.
-        snapshot_every_s: Least seconds between two of them.
+        snapshot_every_s: Least seconds between two of them; 0 for one after each generation.
     """
 
     table: GroupTable
@@ -174,7 +174,8 @@ class Search:
         """Searches until so many distinct policies have been measured on this track.
 
         Args:
-            evaluations: The budget, including what the ledger knows already.
+            evaluations: The budget, including what the ledger knows already; never less than the
+                search has had before.
             on_landing: Called after each new measurement with it and the count so far.
 
         Raises:

@@ -1,7 +1,8 @@
 """Snapshots of a search beside its ledger, so that a resume need not breed all generations again.
 
-A snapshot is a shortcut. It is used when the libraries that made it are the same to the digit, and
-everything in it could be had again by replaying the ledger, which is what happens otherwise.
+A snapshot is a shortcut. It is used when the code and the libraries that made it are the same to
+the digit, and everything in it could be had again by replaying the ledger, which is what happens
+otherwise.
 """
 
 import time
@@ -24,7 +25,7 @@ class Snapshots:
         track: Whose.
         algorithm: Who remembers.
         stamp: What must be the same for a snapshot to be of use; empty: none are kept or used.
-        every_s: Least seconds between two.
+        every_s: Least seconds between two; 0 for one after each generation.
     """
 
     def __init__(
@@ -42,10 +43,9 @@ class Snapshots:
         """The one to go on from."""
         if self._algorithm is None:
             return None
-        snapshot = self._ledger.snapshot(self._track)
-        if snapshot is None or snapshot.stamp != self._stamp:
-            return None
-        self._kept = snapshot.generation
+        snapshot = self._ledger.snapshot(self._track, self._stamp)
+        if snapshot is not None:
+            self._kept = snapshot.generation
         return snapshot
 
     def keep(self, generation: int, more: State, *, now: bool = False) -> None:
@@ -69,4 +69,5 @@ class Snapshots:
         )
         self._kept = generation
         ended = time.monotonic()
-        self._due = ended + max(self._every_s, (ended - begun) / _SHARE)
+        if self._every_s:
+            self._due = ended + max(self._every_s, (ended - begun) / _SHARE)

@@ -13,6 +13,7 @@ would only cost time.
 # ruff: noqa: S101  an assertion is what a test is made of
 
 import io
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -337,34 +338,55 @@ class AlgorithmContract(ABC):
         with np.load(stream) as arrays:
             return dict(arrays)
 
+    def _troubled(self, genomes: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Ties, candidates that fail, and hardly any that is feasible."""
+        objectives, violations = self._answer(genomes)
+        failed = (genomes[:, :1] > 0.8) * 1e9
+        return np.round(objectives, 1), np.round(violations + 0.3, 1) + failed
+
     def _turns(
-        self, algorithm: Algorithm, asked: list[FloatArray], turns: int, *, ahead: bool
+        self,
+        algorithm: Algorithm,
+        answer: Answer,
+        asked: list[FloatArray],
+        turns: int,
+        *,
+        ahead: bool,
+        ask_last: bool = False,
     ) -> list[FloatArray]:
         """All genomes of some turns of asks and tells, those of open asks first."""
         seen = list(asked)
-        for _ in range(turns):
+
+        def ask() -> None:
             while len(asked) <= ahead and (genomes := algorithm.ask()) is not None:
                 asked.append(genomes.copy())
                 seen.append(asked[-1])
+
+        for _ in range(turns):
+            ask()
             if not asked:
                 break
-            algorithm.tell(*self._answer(asked.pop(0)))
+            algorithm.tell(*answer(asked.pop(0)))
+        if ask_last:
+            ask()
         return [*seen, algorithm.population.genomes]
 
     def test_put_into_a_state_it_goes_on_the_same(self) -> None:
         """Sameness: what resuming without a replay rests on; for a `Resumable`."""
-        for ahead in (False, True):
+        for ahead, ask_last, answer in itertools.product(
+            (False, True), (False, True), (self._answer, self._troubled)
+        ):
             for told in range(1, self._GENERATIONS):
                 one, other, asked = self.make(7), self.make(7), list[FloatArray]()
                 if not isinstance(one, Resumable) or not isinstance(other, Resumable):
                     return
-                self._turns(one, asked, 1, ahead=False)
-                self._turns(one, asked, told - 1, ahead=ahead)
+                self._turns(one, answer, asked, 1, ahead=False)
+                self._turns(one, answer, asked, told - 1, ahead=ahead, ask_last=ask_last)
                 restored = other.restore(self._written(one.state()))
                 assert len(restored) == len(asked), "another number of asks is open"
                 left = self._GENERATIONS - told
-                expected = self._turns(one, asked, left, ahead=ahead)
-                found = self._turns(other, restored, left, ahead=ahead)
+                expected = self._turns(one, answer, asked, left, ahead=ahead)
+                found = self._turns(other, answer, restored, left, ahead=ahead)
                 assert len(found) == len(expected), f"after {told} turns it stops elsewhere"
                 for a, b in zip(found, expected, strict=True):
                     assert np.array_equal(a, b), f"restored after {told} turns, it asks otherwise"

@@ -88,7 +88,8 @@ class Algorithm(Protocol):
     An implementation must guarantee:
 
     **Determinism.** Made alike and told the same, it asks the same, bit for bit. Resuming a
-    search is replaying it, so this is what a resumed search rests on.
+    search is replaying it, so this is what a resumed search rests on; see `Resumable` for sparing
+    the replay.
     **Order.** `tell` takes results in the order in which `ask` gave the genomes.
     **One ahead.** After the first tell it may be asked once more while an ask is open, so that
     scorers have something to do when the last candidates of a generation are still measured. Asks

@@ -259,6 +259,7 @@ class Evolution:
         algorithm.pop = members
         algorithm.n_iter = int(state["n_iter"])
         algorithm.is_initialized = True
+        algorithm.start_time = 0.0  # it subtracts from it when it finds nothing more to ask
         algorithm.random_state = generator_in(state["rng"])
         for genomes in numbered(state, "asked"):
             asked = Members.new("X", genomes)

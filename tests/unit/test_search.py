@@ -14,8 +14,8 @@ import pytest
 
 from evosearch.algorithms import ALGORITHMS, AlgorithmSettings, make_algorithm
 from evosearch.algorithms.evolution import Evolution
-from evosearch.errors import LedgerCorrupt, ReplayMismatch
-from evosearch.ledger import Entry, Ledger, Member
+from evosearch.errors import ReplayMismatch
+from evosearch.ledger import Entry, Ledger, Member, Snapshot
 from evosearch.measurement import METRICS, Measurement, Status, Terms
 from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
@@ -302,10 +302,14 @@ def test_stopped_search_ends_as_if_never_stopped(
 
 @either_way
 @every_algorithm
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turns", "overlapping"])
 def test_killed_search_ends_as_if_never_killed(
-    folder: Path, algorithm: str, *, snapshots: bool
+    folder: Path, algorithm: str, *, snapshots: bool, overlap: bool
 ) -> None:
-    whole, killed = (Bench(folder / n, algorithm, snapshots=snapshots) for n in ("whole", "killed"))
+    whole, killed = (
+        Bench(folder / n, algorithm, snapshots=snapshots, overlap=overlap)
+        for n in ("whole", "killed")
+    )
     whole.search()
     for deaths_at in (0, 5, 17, 18, 39):
 
@@ -396,13 +400,30 @@ def test_a_search_that_found_nothing_more_does_not_ask_again_than_it_did(folder:
     assert bench.asks() == before
 
 
-def test_a_damaged_snapshot_is_named(bench: Bench) -> None:
+def test_a_damaged_snapshot_is_not_used(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.search()
     with closing(sqlite3.connect(bench.run / "ledger.sqlite")) as db:
         db.execute("UPDATE snapshots SET state = substr(state, 1, 100)")
         db.commit()
-    with pytest.raises(LedgerCorrupt, match=r"ledger\.sqlite is damaged"):
-        bench.search(BUDGET + 1)
+    assert asks_of(bench, monkeypatch) == len(bench.asks())
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_each_generation_leaves_a_snapshot(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, *, overlap: bool
+) -> None:
+    kept = []
+    keep = Ledger.keep_snapshot
+
+    def noting(ledger: Ledger, track: str, snapshot: Snapshot) -> None:
+        kept.append(snapshot.generation)
+        keep(ledger, track, snapshot)
+
+    monkeypatch.setattr(Ledger, "keep_snapshot", noting)
+    bench.overlap = overlap
+    bench.search()
+    assert kept == list(range(1, len(bench.populations()) + 1))
+    assert len(kept) >= 4
 
 
 def test_stop_is_an_outcome_that_is_not_finished(bench: Bench) -> None:
