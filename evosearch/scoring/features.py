@@ -6,7 +6,10 @@ dozen images order policies by their features about as well as thousands do by t
 (docs/fidelity.md). No labels are used.
 """
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -66,22 +69,47 @@ def _maps(module: nn.Module, example: Tensor) -> dict[str, torch.Size]:
     return {name: shape for name, shape in shapes.items() if runs[name] == 1}
 
 
-def feature_layer(dense: nn.Module, narrow: nn.Module, example: Tensor) -> str | None:
-    """The module that returns the last feature maps, if these keep all channels in a cut network.
+def feature_layer(
+    dense: nn.Module, narrow: nn.Module, groups: Sequence[Sequence[str]], example: Tensor
+) -> str | None:
+    """The module of the last feature maps, if every cut moves these and none narrows them.
 
     Args:
         dense: The network.
         narrow: The same, with channels cut wherever they can be.
+        groups: For each group of channels the layers that produce them.
         example: A batch that both take.
 
     Returns:
-        Its name; None where the last maps lose channels, or there are no maps.
+        Its name; None where there are no maps, the last ones lose channels, or something that can
+        be cut comes after them.
     """
     maps = _maps(dense, example)
     last = next(reversed(maps), None)
     if last is None or _maps(narrow, example).get(last) != maps[last]:
         return None
-    return last
+    return last if _moved_by_all(dense, last, groups, example) else None
+
+
+def _moved_by_all(
+    dense: nn.Module, layer: str, groups: Sequence[Sequence[str]], example: Tensor
+) -> bool:
+    """Whether the maps of a layer depend on the weights of every group."""
+    module = copy.deepcopy(dense).requires_grad_(True)
+    read: list[Tensor] = []
+    module.get_submodule(layer).register_forward_hook(lambda *args: read.append(args[2].clone()))
+    with torch.inference_mode(False), torch.enable_grad():
+        module(example.clone())
+        generator = torch.Generator().manual_seed(0)
+        mixed = (read[0] * torch.randn(read[0].shape, generator=generator)).sum()
+        if mixed.requires_grad:
+            mixed.backward()  # type: ignore[no-untyped-call]
+
+    def moves(name: str) -> bool:
+        slope = cast("Tensor", module.get_submodule(name).weight).grad
+        return slope is not None and bool(slope.any())
+
+    return all(any(map(moves, producers)) for producers in groups)
 
 
 def _centred(outputs: Tensor) -> Tensor:
@@ -97,13 +125,22 @@ class FeatureTap:
         module: The network; it keeps a hook.
         layer: As in `Features`.
         n_images: How many will be shown: larger sets get fewer positions of each map.
+        positions: To read in place of those.
     """
 
-    def __init__(self, module: nn.Module, layer: str | None, n_images: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layer: str | None,
+        n_images: int,
+        positions: NDArray[np.int64] | None = None,
+    ) -> None:
         self._layer = layer
         self._n_images = n_images
         self._read: Tensor | None = None
-        self.positions: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self.positions: NDArray[np.int64] = (
+            np.empty(0, dtype=np.int64) if positions is None else positions
+        )
         """`(n_positions,)` that are read, known after the first run; empty for outputs."""
         if layer is not None:
             module.get_submodule(layer).register_forward_hook(self._after)
@@ -113,7 +150,9 @@ class FeatureTap:
         n, channels, count = flat.shape
         if not len(self.positions):
             most = max(1, _MAX_BYTES // (4 * channels * self._n_images))
-            self.positions = np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
+            # At random: a regular pattern could meet the same columns in every row.
+            order = np.random.default_rng(0).permutation(count)
+            self.positions = np.sort(order[:most]).astype(np.int64)
         if len(self.positions) < count:
             flat = flat[:, :, torch.from_numpy(self.positions).to(flat.device)]
         # A copy: later operations may work in place.
@@ -125,8 +164,12 @@ class FeatureTap:
         Args:
             outputs: `(n, n_classes)` that it returned.
         """
+        if self._layer is None:
+            return _centred(outputs)
         read, self._read = self._read, None
-        return _centred(outputs) if self._layer is None or read is None else read
+        if read is None:
+            raise RuntimeError(f"{self._layer} did not run")
+        return read
 
 
 class Distortion:
@@ -139,7 +182,7 @@ class Distortion:
     """
 
     def __init__(self, module: nn.Module, features: Features, device: str) -> None:
-        self._tap = FeatureTap(module, features.layer, len(features.values))
+        self._tap = FeatureTap(module, features.layer, len(features.values), features.positions)
         self._wanted = torch.from_numpy(np.array(features.values)).to(device)
         self._energy = features.energy
 

@@ -164,11 +164,15 @@ def _dense_logits(network: Network, layout: Layout, precision: str, images: list
 
 
 def _dense_answers(
-    network: Network, layout: Layout, layer: str | None, images: list[Tensor]
+    network: Network,
+    layout: Layout,
+    layer: str | None,
+    images: list[Tensor],
+    positions: NDArray[np.int64] | None = None,
 ) -> tuple[Tensor, Features]:
     """Outputs and features of the dense network, in float32."""
     fast = _dense_copy(network, layout, "float32")
-    tap = FeatureTap(fast.module, layer, sum(len(batch) for batch in images))
+    tap = FeatureTap(fast.module, layer, sum(len(batch) for batch in images), positions)
     outputs, features = [], []
     for batch in images:
         outputs.append(logits(fast.module, [batch]))
@@ -183,7 +187,8 @@ def _feature_layer(network: Network, plan: CuttingPlan) -> str | None:
     place = np.arange(len(table.group_of)) - table.offsets[table.group_of]
     first_half = 2 * place <= table.channels[table.group_of] - 1
     narrow = Cutter(plan, network.module).cut(np.append(first_half, True))
-    return feature_layer(network.module, narrow, network.example(2))
+    producers = [group.producers for group in table.groups]
+    return feature_layer(network.module, narrow, producers, network.example(2))
 
 
 def _dense_copy(network: Network, layout: Layout, precision: str) -> FastCopy:
@@ -206,7 +211,10 @@ def with_validation(workload: Workload, validation: Images) -> Workload:
     network = workload.network()
     with single_thread():
         shown = list(batches(network, validation, workload.settings.batch_size))
-        outputs, features = _dense_answers(network, workload.layout, workload.features.layer, shown)
+        known = workload.features
+        outputs, features = _dense_answers(
+            network, workload.layout, known.layer, shown, known.positions
+        )
     dense = outputs.numpy()
     _check_outputs(dense, validation)
     return replace(workload, validation=validation, dense_logits=dense, features=features)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import evosearch.scoring.features as features_module
-from evosearch.data import open_source
+from evosearch.data import Images, open_source
 from evosearch.networks import NetworkSpec, load_network
 from evosearch.policy import Policy
 from evosearch.pruning.groups import trace
@@ -94,8 +94,22 @@ def test_on_other_images_the_dense_features_are_those_of_the_other_images(
     assert moved.features.layer == "layer3"
     assert moved.features.values.shape == (32, 64 * 8 * 8)
     assert Scorer(moved).score(HALF).metrics["distortion"] < 1
-    # Against the features of the images before, everything is wrong.
-    assert np.square(moved.features.values - prepared.features.values[:32]).mean() > 0.1
+    network = prepared.network()
+    wanted = last_maps(network.module, network.normalise(others.pixels)).flatten(1).numpy()
+    assert np.allclose(moved.features.values, wanted, atol=1e-3)
+
+
+def test_other_images_are_read_at_the_same_places(
+    prepared: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = open_source("cifar10-sample").held_out().take(np.arange(40, 72))
+    monkeypatch.setattr(features_module, "_MAX_BYTES", 4 * 40 * 64 * 5)
+    sampled = workload()
+    moved = with_validation(sampled, others)
+    assert np.array_equal(moved.features.positions, sampled.features.positions)
+    rows, columns = np.divmod(sampled.features.positions, 8)
+    assert len(np.unique(rows)) > 2
+    assert len(np.unique(columns)) > 2
 
 
 def test_large_maps_are_read_at_fewer_places(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,18 +141,63 @@ class Ends(nn.Module):
 
 def test_maps_that_lose_channels_are_not_compared() -> None:
     images = torch.randn(2, 3, 16, 16)
-    assert feature_layer(Ends(8), Ends(8), images) == "last"
-    assert feature_layer(Ends(8), Ends(4), images) is None
+    assert feature_layer(Ends(8), Ends(8), [["first"]], images) == "last"
+    assert feature_layer(Ends(8), Ends(4), [["first"], ["last"]], images) is None
 
 
 def test_a_module_that_runs_twice_is_not_named() -> None:
     images = torch.randn(2, 3, 16, 16)
-    assert feature_layer(Ends(8, twice=True), Ends(8, twice=True), images) == "last"
+    assert feature_layer(Ends(8, twice=True), Ends(8, twice=True), [["first"]], images) == "last"
 
 
 def test_a_network_without_maps_is_compared_by_its_outputs() -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3))
-    assert feature_layer(plain, plain, torch.randn(2, 3, 2, 2)) is None
+    assert feature_layer(plain, plain, [["1"]], torch.randn(2, 3, 2, 2)) is None
+
+
+def test_maps_that_come_before_what_is_cut_are_not_compared() -> None:
+    # Nothing that is cut moves the maps of a leading module: their distance would always be zero.
+    first = nn.Sequential(
+        nn.Dropout2d(), nn.Flatten(), nn.Linear(3 * 16, 12), nn.ReLU(), nn.Linear(12, 5)
+    )
+    images = torch.randn(2, 3, 4, 4)
+    assert feature_layer(first.eval(), first, [["2"]], images) is None
+    # A head with a hidden layer: the maps know of one cut, and not of the other.
+    head = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3, padding=1), nn.Flatten()),
+        *(nn.Linear(8 * 4, 6), nn.ReLU(), nn.Linear(6, 5)),
+    )
+    assert feature_layer(head, head, [["0"]], images) == "1"
+    assert feature_layer(head, head, [["0"], ["3"]], images) is None
+
+
+def test_a_network_is_looked_at_and_left_alone() -> None:
+    module = Ends(8).requires_grad_(False)
+    assert feature_layer(module, Ends(8), [["first"]], torch.randn(2, 3, 16, 16)) == "last"
+    assert not any(p.requires_grad or p.grad is not None for p in module.parameters())
+    assert not module.last._forward_hooks
+
+
+def test_a_network_of_linear_layers_is_distorted_when_it_is_cut() -> None:
+    """End to end through a scorer, by outputs, in both precisions."""
+    source = open_source("cifar10-sample").held_out().take(np.arange(24))
+    grey = Images(source.pixels[:, 2:30, 2:30, :1].copy(), source.labels)
+    network = load_network(NetworkSpec(name="lenet-300-100"))
+    plan = trace(network)
+    for precision in ("float32", "bfloat16"):
+        made = prepare_workload(
+            network,
+            plan,
+            ProxySettings(name="raw", criterion="l1", precision=precision),
+            grey.take(np.arange(8)),
+            grey.take(np.arange(8, 24)),
+        )
+        assert made.features.layer is None
+        scorer = Scorer(made)
+        dense = plan.table.dense
+        half = Policy(tuple((count + 1) // 2 for count in dense.keep))
+        assert scorer.score(dense).metrics["distortion"] < 0.01
+        assert scorer.score(half).metrics["distortion"] > 0.01
 
 
 def test_what_happens_in_place_later_is_not_seen() -> None:
