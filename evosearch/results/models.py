@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from evosearch.assembly import Assembled, assemble
-from evosearch.errors import ConfigError, NetworkError, PolicyError
+from evosearch.errors import ConfigError, DataError, NetworkError, PolicyError
 from evosearch.facts import check_same, read_facts
 from evosearch.ledger import Ledger
 from evosearch.measurement import Status
@@ -36,7 +36,7 @@ from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.groups import trace
 from evosearch.recipe import RunRecipe, change_recipe, explain
 from evosearch.results.front import Row, read_results
-from evosearch.scoring.scorer import Scorer
+from evosearch.scoring.scorer import Scorer, out_of_memory
 from evosearch.scoring.workload import Workload
 
 __all__ = ["export_network", "load_pruned"]
@@ -86,8 +86,16 @@ def _with_more_images(assembled: Assembled, images: int) -> Workload:
         "proxy.reconstruction_images": images,
         "proxy.reconstruction_layers": "all",
     }
-    recipe = change_recipe(assembled.recipe, changes, f"--calibration {images}")
-    found = assemble(recipe).workload
+    option = f"--calibration {images}"
+    recipe = change_recipe(assembled.recipe, changes, option)
+    try:
+        found = assemble(recipe).workload
+    except (ConfigError, DataError) as exc:
+        raise ConfigError(f"{option}: {exc}") from exc
+    except (RuntimeError, MemoryError) as exc:
+        if not out_of_memory(exc):
+            raise
+        raise ConfigError(f"{option}: out of memory; name fewer images") from exc
     known = assembled.workload
     return replace(found, places=known.places, blends=known.blends)
 

@@ -6,12 +6,14 @@ import numpy as np
 from rich.table import Table
 
 from evosearch.fidelity.statistics import Correlation, Finding
-from evosearch.measurement import Status
+from evosearch.measurement import METRICS, Status
 from evosearch.results.front import Results, Row
 
 __all__ = ["fidelity_table", "front_table", "hypervolume_lines"]
 
 _MAX_ROWS = 24
+# Metrics of how far a network is from the dense one.
+_DISTANCES = ("divergence", "distortion")
 
 
 def _thinned(rows: Sequence[Row]) -> list[Row]:
@@ -33,19 +35,27 @@ def front_table(results: Results) -> Table:
         title += f" ({len(shown)} shown)"
     table = Table(title=title)
     table.add_column("policy")
-    for name in ("top-1", "divergence", "MACs", "params"):
+    metrics = _shown_metrics(results)
+    for name in ("top-1", *metrics, "MACs", "params"):
         table.add_column(name, justify="right")
-    dense = 1 - results.dense["error"]
-    table.add_row("dense", f"{dense:.2%}", "0", "100.0%", "100.0%", style="dim", end_section=True)
+    dense = f"{1 - results.dense['error']:.2%}"
+    zero = ["0" if name in _DISTANCES else "" for name in metrics]
+    table.add_row("dense", dense, *zero, "100.0%", "100.0%", style="dim", end_section=True)
     for row in shown:
         table.add_row(
             row.policy.digest,
             f"{1 - row.values['error']:.2%}",
-            f"{row.values['divergence']:.4f}",
+            *(f"{row.values[name]:.4f}" for name in metrics),
             f"{row.values['macs']:.1%}",
             f"{row.values['params']:.1%}",
         )
     return table
+
+
+def _shown_metrics(results: Results) -> list[str]:
+    """What was minimised beside error and costs; divergence if nothing was."""
+    wanted = [name for name in results.goals.objectives if name in METRICS and name != "error"]
+    return wanted or ["divergence"]
 
 
 def hypervolume_lines(results: Results) -> list[str]:

@@ -39,7 +39,8 @@ _MAX_REASON = 300
 _MAX_KEPT_BYTES = 1 << 28
 
 
-def _out_of_memory(exc: BaseException) -> bool:
+def out_of_memory(exc: BaseException) -> bool:
+    """Whether that is what went wrong."""
     # On a CPU torch says so in words only.
     said = isinstance(exc, RuntimeError) and "allocate memory" in str(exc)
     return said or isinstance(exc, MemoryError | torch.OutOfMemoryError)
@@ -321,7 +322,7 @@ class Scorer:
                 else:
                     found = self._measure_in_race(race)
         except (MemoryError, RuntimeError) as exc:
-            if not _out_of_memory(exc):
+            if not out_of_memory(exc):
                 raise
             raise CandidateOutOfMemory(f"out of memory with batches of {self._batch_size}") from exc
         bad = [name for name, value in found["metrics"].items() if not np.isfinite(value)]

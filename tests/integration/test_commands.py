@@ -70,6 +70,14 @@ def test_a_recipe_can_be_launched_again_beside_itself(cli: Cli, recipe: Callable
     assert first.read_bytes() == copy.read_bytes()
 
 
+def test_the_front_shows_what_was_minimised(cli: Cli, recipe: Callable[..., str]) -> None:
+    changes = ("--set", 'search.objectives=["distortion","macs"]', "--set", "search.baseline=0")
+    said = cli.run("launch", recipe(), "--evaluations", "4", *changes).stdout
+    heading = next(line for line in said.splitlines() if "top-1" in line)
+    assert "distortion" in heading
+    assert "divergence" not in heading
+
+
 @pytest.fixture
 def run(cli: Cli, recipe: Callable[..., str]) -> Path:
     cli.run("launch", recipe(), "--out", "run", "--evaluations", "20")
@@ -133,7 +141,7 @@ def test_an_exported_network_loads_and_does_what_was_measured(cli: Cli, run: Pat
     refused = cli.run("export", "run", "f.csv", "--calibration", "64", code=2).stderr
     assert "FILE must end with .safetensors" in refused
     refused = cli.run("export", "run", "f.safetensors", *more[:3], "9999999", code=2).stderr
-    assert "data.calibration = 9999999" in refused
+    assert "--calibration 9999999: data.calibration = 9999999" in refused
 
 
 def test_profile_predicts_before_anything_is_searched(cli: Cli, recipe: Callable[..., str]) -> None:
