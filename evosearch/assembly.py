@@ -247,16 +247,22 @@ class Assembled:
         return dense_error(self.workload)
 
     def doubts(self) -> list[str]:
-        """What is possible but hardly meant, in sentences."""
+        """What is possible but hardly meant or expected, in sentences."""
+        found = []
         chance = 1 - worst_metrics(self.workload.dense_logits)["error"]
         right = 1 - self.dense_error
-        if right > chance + _CLEARLY_ABOVE * (1 - chance):
-            return []
-        return [
-            f"warning: the dense network is right on {right:.1%} of the validation images, and "
-            f"guessing on {chance:.1%}; check network.weights, network.mean and network.std, and "
-            "the order of the classes"
-        ]
+        if right <= chance + _CLEARLY_ABOVE * (1 - chance):
+            found.append(
+                f"warning: the dense network is right on {right:.1%} of the validation images, and "
+                f"guessing on {chance:.1%}; check network.weights, network.mean and network.std, "
+                "and the order of the classes"
+            )
+        if "distortion" in self.goals.objectives and self.workload.features.layer is None:
+            found.append(
+                "distortion compares outputs here, which takes more images: there are no last "
+                "feature maps that keep all channels and that every cut moves"
+            )
+        return found
 
     def _order_digest(self) -> str:
         """Digest of what decides the order in which channels go."""

@@ -14,8 +14,8 @@ METRICS: dict[str, str] = {
     "loss": "mean cross-entropy on the validation images, in nats",
     "margin": "mean of 1 minus the lead of the right class over the best wrong one, in probability",
     "divergence": "mean KL divergence from the dense network's outputs, in nats; needs no labels",
-    "distortion": "mean squared error of the last feature maps, as a share of the dense network's "
-    "energy; needs no labels and few images",
+    "distortion": "mean squared error of the last feature maps (of the outputs, where these maps "
+    "are cut, too), as a share of the dense network's energy; needs no labels and few images",
 }
 
 

@@ -122,6 +122,14 @@ def test_a_network_that_knows_its_images_is_not_doubted() -> None:
     assert assemble(recipe(network=trained)).doubts() == []
 
 
+def test_distortion_of_outputs_is_named_where_it_stands_for_that_of_maps() -> None:
+    by_distortion = {"objectives": ["distortion", "macs"]}
+    *_, said = assemble(recipe(search=by_distortion)).doubts()
+    assert said.startswith("distortion compares outputs here")
+    trained = {"name": "resnet20", "weights": "shipped:resnet20-cifar10"}
+    assert assemble(recipe(network=trained, search=by_distortion)).doubts() == []
+
+
 def test_profile_shows_what_is_done_to_images() -> None:
     plain = recipe(network={"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.24, 0.26]})
     lines = "\n".join(profile_lines(plain, profile(plain)))
