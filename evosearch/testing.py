@@ -376,7 +376,7 @@ class AlgorithmContract(ABC):
         for ahead, ask_last, answer in itertools.product(
             (False, True), (False, True), (self._answer, self._troubled)
         ):
-            for told in range(1, self._GENERATIONS):
+            for told in (1, 2, self._GENERATIONS - 2):
                 one, other, asked = self.make(7), self.make(7), list[FloatArray]()
                 if not isinstance(one, Resumable) or not isinstance(other, Resumable):
                     return
