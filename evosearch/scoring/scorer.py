@@ -28,7 +28,7 @@ from evosearch.scoring.racing import Estimate, Race, block_means, rungs
 from evosearch.scoring.repair import distil, refit_head
 from evosearch.scoring.workload import DTYPES, Workload, batches, logits, single_thread
 
-__all__ = ["Scorer"]
+__all__ = ["Scorer", "out_of_memory"]
 
 
 Answers = tuple[Tensor, Tensor]
