@@ -295,7 +295,10 @@ class Assembled:
 
 def versions() -> dict[str, str]:
     """Of Python and the libraries on which results may depend."""
-    names = ("evosearch", "torch", "numpy", "scipy", "pymoo", "ray", "torch-pruning")
+    names = (
+        *("evosearch", "torch", "torch-pruning", "ray", "numpy", "scipy"),
+        *("pymoo", "moocore"),  # moocore ranks for pymoo
+    )
     libraries = {name: importlib.metadata.version(name) for name in names}
     return libraries | {"python": platform.python_version()}
 
@@ -305,8 +308,7 @@ def snapshot_stamp(space: SearchSpace) -> str:
     package = Path(__file__).parent
     sources = [*sorted(package.rglob("*.py")), Path(inspect.getfile(type(space)))]
     code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-    others = {name: importlib.metadata.version(name) for name in ("moocore",)}
-    return json.dumps({**versions(), **others, "code": code}, sort_keys=True)
+    return json.dumps({**versions(), "code": code}, sort_keys=True)
 
 
 def _digest(arrays: Mapping[str, NDArray[np.generic]]) -> str:
