@@ -1,4 +1,4 @@
-"""A second copy of a network, made for speed: batch norm folded away, in a smaller precision.
+"""A second copy of a network, made for speed: norms folded, ReLUs and sums fused, fewer digits.
 
 Which norm follows which layer is seen by running the network once: a norm whose input is the very
 tensor that a layer returned. That the tensor goes nowhere else is not seen but checked: a folded
@@ -6,14 +6,15 @@ network must compute what the plain one computes.
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evosearch.networks import Network
+from evosearch.pruning.fusing import Fused, Tail, can_fuse, tails_of
 from evosearch.pruning.proposals import Convolution, Norm
 
 __all__ = ["FastCopy", "Layout", "layout_of"]
@@ -26,15 +27,17 @@ _WIDTHS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where layers and norms stand.
+    """Where layers and norms stand, and what comes behind them.
 
     Args:
         pairs: Names of (layer, norm) that can be folded without changing what is computed.
         head: Name of the layer that returns the network's output, or None.
+        tails: Names of convolutions, once norms are folded, with what they can do on the way.
     """
 
     pairs: tuple[tuple[str, str], ...] = ()
     head: str | None = None
+    tails: tuple[tuple[str, Tail], ...] = ()
 
 
 def _seen(module: nn.Module, example: Tensor) -> Layout:
@@ -73,8 +76,13 @@ def _seen(module: nn.Module, example: Tensor) -> Layout:
     return Layout(pairs=tuple(once), head=head)
 
 
-def layout_of(network: Network) -> Layout:
-    """Finds what can be folded; nothing, if the network does not bear the check in float64."""
+def layout_of(network: Network, watched: Container[str] = ()) -> Layout:
+    """Finds what can be folded and fused; nothing, if the network does not bear the checks.
+
+    Args:
+        network: The dense network.
+        watched: Names of modules whose outputs somebody reads by a hook: nothing is fused across.
+    """
     module = copy.deepcopy(network.module).double().eval()
     generator = torch.Generator().manual_seed(0)
     for norm in module.modules():
@@ -82,23 +90,48 @@ def layout_of(network: Network) -> Layout:
             # Statistics that leave nothing to chance: a fresh norm would fold into anything.
             norm.running_mean = torch.randn(norm.num_features, generator=generator).double()
             norm.running_var = torch.rand(norm.num_features, generator=generator).double() + 0.5
-    example = network.example(2).double()
-
-    def right(pairs: Sequence[tuple[str, str]]) -> bool:
-        folded = FastCopy(module, Layout(pairs=tuple(pairs)), torch.float64)
-        folded.update(module)
-        with torch.inference_mode():
-            wanted, got = module(example), folded.module(example)
-        return bool(torch.allclose(wanted, got, rtol=1e-6, atol=1e-6 * float(wanted.abs().max())))
-
+    example = network.example(2)
     try:
-        seen = _seen(module, example)
-        pairs = seen.pairs
-        if not right(pairs):
-            pairs = tuple(pair for pair in pairs if right([pair]))
-        return Layout(pairs=pairs if right(pairs) else (), head=seen.head)
+        layout = _foldable(module, example.double())
     except Exception:  # noqa: BLE001  a user's forward may refuse float64; folding is optional
         return Layout()
+    try:
+        return _fusible(module.float(), layout, example, watched)
+    except Exception:  # noqa: BLE001  whatever a forward does that is not foreseen; likewise
+        return layout
+
+
+def _computes_alike(module: nn.Module, layout: Layout, example: Tensor, tolerance: float) -> bool:
+    copied = FastCopy(module, layout, example.dtype)
+    copied.update(module)
+    with torch.inference_mode():
+        wanted, got = module(example), copied.module(example)
+    scale = float(wanted.abs().max())
+    return bool(torch.allclose(wanted, got, rtol=tolerance, atol=tolerance * scale))
+
+
+def _foldable(module: nn.Module, example: Tensor) -> Layout:
+    """Norms that can be folded, by a check in float64."""
+
+    def right(pairs: Sequence[tuple[str, str]]) -> bool:
+        return _computes_alike(module, Layout(pairs=tuple(pairs)), example, 1e-6)
+
+    seen = _seen(module, example)
+    pairs = seen.pairs
+    if not right(pairs):
+        pairs = tuple(pair for pair in pairs if right([pair]))
+    return Layout(pairs=pairs if right(pairs) else (), head=seen.head)
+
+
+def _fusible(module: nn.Module, layout: Layout, example: Tensor, watched: Container[str]) -> Layout:
+    """The same layout with tails, if they are right; in float32, as the library knows no more."""
+    if not can_fuse(example.device, example.dtype):
+        return layout
+    folded = FastCopy(module, layout, example.dtype)
+    folded.update(module)
+    tails = tuple(tails_of(folded.module, example, watched).items())
+    fused = replace(layout, tails=tails)
+    return fused if _computes_alike(module, fused, example, 1e-3) else layout
 
 
 def _in_float32(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -110,8 +143,9 @@ class FastCopy:
 
     Args:
         dense: The network to copy the structure of.
-        layout: Norms to fold, and the layer that stays in float32 so that outputs keep their
-            digits. Norms that are not folded keep their statistics in float32, too.
+        layout: Norms to fold, what convolutions do on the way where the library can, and the layer
+            that stays in float32 so that outputs keep their digits. Norms that are not folded keep
+            their statistics in float32, too.
         dtype: Of all other tensors.
     """
 
@@ -140,6 +174,8 @@ class FastCopy:
             for name, layer in self.module.named_modules()
             if name not in norms and (layer._parameters or layer._buffers)
         }
+        if layout.tails and can_fuse(next(dense.parameters()).device, dtype):
+            Fused(self.module, dict(layout.tails))
 
     def update(self, source: nn.Module) -> None:
         """Takes over the tensors of a network of the same layers, whatever their widths."""

@@ -22,8 +22,8 @@ from evosearch.pruning.criteria import Samples, channel_scores, criterion_named
 from evosearch.pruning.cutting import Cutter, CuttingPlan
 from evosearch.pruning.folding import FastCopy, Layout, layout_of
 from evosearch.pruning.patches import Moments, patch_moments
-from evosearch.pruning.reconstruction import Target, targets_of
 from evosearch.pruning.statistics import gram_matrices
+from evosearch.pruning.targets import Target, targets_of
 from evosearch.scoring.features import Features, FeatureTap, feature_layer
 from evosearch.scoring.proxies import ProxySettings, proxy_named
 
@@ -304,10 +304,11 @@ def prepare_workload(
     """
     proxy = proxy_named(settings.name)
     size = settings.batch_size
-    layout = layout_of(network)
     with single_thread():
+        layer = _feature_layer(network, plan)
+        layout = layout_of(network, watched=() if layer is None else (layer,))
         shown = list(batches(network, validation, size))
-        outputs, features = _dense_answers(network, layout, _feature_layer(network, plan), shown)
+        outputs, features = _dense_answers(network, layout, layer, shown)
         dense = outputs.numpy()
         _check_outputs(dense, validation)
         rounding = 0.0
@@ -327,8 +328,8 @@ def prepare_workload(
         targets: Mapping[str, Target] = {}
         if proxy.needs_targets:
             first = calibration.pixels[: settings.reconstruction_images]
-            fast = _dense_copy(network, layout, "float32")
-            targets = targets_of(fast, network.normalise(first), TARGET_POSITIONS)
+            shown_first = network.normalise(first)
+            targets = targets_of(network.module, layout, shown_first, TARGET_POSITIONS)
         teacher = np.empty((0, dense.shape[1]), dtype=np.float32)
         if proxy.needs_teacher:
             shown = list(batches(network, calibration, size, at_least=True))

@@ -12,9 +12,10 @@ from evosearch.data import open_source
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.policy import Policy
 from evosearch.pruning.cutting import Cutter, CuttingPlan
-from evosearch.pruning.folding import FastCopy, layout_of
+from evosearch.pruning.folding import layout_of
 from evosearch.pruning.groups import trace
-from evosearch.pruning.reconstruction import Reconstructor, targets_of
+from evosearch.pruning.reconstruction import Reconstructor
+from evosearch.pruning.targets import targets_of
 from evosearch.scoring.proxies import ProxySettings
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.workload import prepare_workload
@@ -27,9 +28,7 @@ def reconstructor(
     network: Network, plan: CuttingPlan, images: torch.Tensor, ridge: float = 1e-6
 ) -> Reconstructor:
     layout = layout_of(network)
-    fast = FastCopy(network.module, layout, torch.float32)
-    fast.update(network.module)
-    targets = targets_of(fast, images, 16)
+    targets = targets_of(network.module, layout, images, 16)
     return Reconstructor(plan, layout, network.module, targets, torch.float32, ridge)
 
 
@@ -110,9 +109,7 @@ def test_fitted_network_is_nearer_on_images_that_were_not_fitted(layers: str) ->
 )
 def test_sums_are_fitted_as_sums(name: str, summed: set[str]) -> None:
     network = load_network(NetworkSpec(name=name, input_shape=(3, 32, 32)))
-    fast = FastCopy(network.module, layout_of(network), torch.float32)
-    fast.update(network.module)
-    targets = targets_of(fast, network.example(4), 4)
+    targets = targets_of(network.module, layout_of(network), network.example(4), 4)
     found = {layer for layer, target in targets.items() if target.summed}
     assert summed <= found
     assert not any(layer.endswith("conv1") for layer in found)
@@ -160,10 +157,11 @@ def test_written_network_computes_what_was_fitted(name: str) -> None:
 
 def test_targets_are_the_same_for_a_copy_of_the_images() -> None:
     network = load_network(NetworkSpec(name="resnet20", weights="shipped:resnet20-cifar10"))
-    fast = FastCopy(network.module, layout_of(network), torch.float32)
-    fast.update(network.module)
+    layout = layout_of(network)
     images = network.normalise(open_source("cifar10-sample").training().take(np.arange(8)).pixels)
-    first, second = targets_of(fast, images, 8), targets_of(fast, images.clone(), 8)
+    first, second = (
+        targets_of(network.module, layout, shown, 8) for shown in (images, images.clone())
+    )
     assert len(first) == 20
     for name, target in first.items():
         assert np.array_equal(target.values, second[name].values)
@@ -217,3 +215,50 @@ def test_fitted_network_can_be_trained_as_it_is() -> None:
             torch.testing.assert_close(
                 layer.weight.detach().flatten(1).norm(dim=1), lengths[name], rtol=1e-4, atol=1e-5
             )
+
+
+class Small(nn.Module):
+    """Padding by name, and a ReLU that works in place behind a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding="same")
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.hidden = nn.Linear(8, 16)
+        self.linear = nn.Linear(16, 10)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps `(n, 3, h, w)` to `(n, 10)`."""
+        x = self.act(self.conv2(self.act(self.conv1(x))))
+        return self.linear(self.act(self.hidden(x.mean((2, 3)))))  # type: ignore[no-any-return]
+
+
+def small() -> Network:
+    torch.manual_seed(0)
+    base = load_network(NetworkSpec(name="resnet20"))
+    return Network(spec=base.spec, module=Small().eval(), input=base.input)
+
+
+def test_targets_are_what_a_layer_returned_before_anything_worked_in_place() -> None:
+    network = small()
+    images = network.example(8)
+    targets = targets_of(network.module, layout_of(network), images, 16)
+    assert list(targets) == ["conv2", "hidden", "linear"]
+    assert min(target.values.min() for target in targets.values()) < 0
+
+
+def test_layer_that_pads_by_name_is_left_as_it_is() -> None:
+    network = small()
+    plan = trace(network)
+    images = network.example(64)
+    keep = np.append(np.arange(int(plan.table.channels.sum())) % 4 > 0, True)
+    cutter = Cutter(plan, network.module)
+    with torch.inference_mode():
+        wanted = network.module(images)
+        raw = cutter.cut(keep)(images)
+        before = cutter.network.get_submodule("conv1").weight.clone()  # type: ignore[operator, union-attr]
+        reconstructor(network, plan, images, 1e-2).reconstruct(cutter.network, keep, images)
+        assert torch.equal(cutter.network.get_submodule("conv1").weight, before)
+        found = cutter.network(images)
+    assert (found - wanted).square().mean() < 0.5 * (raw - wanted).square().mean()

@@ -1,0 +1,194 @@
+"""Sums and ReLUs that convolutions do on the way: found where they are, and nowhere else."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evosearch.networks import Network, NetworkSpec, load_network
+from evosearch.pruning import folding
+from evosearch.pruning.cutting import Cutter
+from evosearch.pruning.folding import FastCopy, layout_of
+from evosearch.pruning.fusing import Tail, can_fuse, tails_of
+from evosearch.pruning.groups import trace
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(
+    not can_fuse(CPU, torch.float32), reason="this torch was built without oneDNN"
+)
+
+
+class Toy(nn.Module):
+    """Two convolutions of equal shape and a forward of one's own."""
+
+    def __init__(self, forward: Callable[["Toy", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.between = nn.Identity()
+        self.linear = nn.Linear(4, 2)
+        self._forward = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(n, 3, h, w)` to `(n, 2)`."""
+        return self.linear(self._forward(self, x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def plain_residual(net: Toy, x: Tensor) -> Tensor:
+    x = net.act(net.first(x))
+    return F.relu(net.second(x) + x)
+
+
+def in_place_sum(net: Toy, x: Tensor) -> Tensor:
+    x = net.act(net.first(x))
+    y = net.second(x)
+    y += x
+    return y.relu_()
+
+
+def sum_alone(net: Toy, x: Tensor) -> Tensor:
+    x = net.first(x).relu()
+    return torch.tanh(torch.add(x, net.second(x)))
+
+
+def read_twice(net: Toy, x: Tensor) -> Tensor:
+    y = net.first(x)
+    return net.second(F.relu(y)) * y
+
+
+def sum_read_twice(net: Toy, x: Tensor) -> Tensor:
+    x = net.first(x).relu()
+    y = net.second(x) + x
+    return F.relu(y) * y
+
+
+def run_twice(net: Toy, x: Tensor) -> Tensor:
+    x = net.first(x).relu()
+    return net.second(net.second(x).relu()).relu()
+
+
+def both_sides(net: Toy, x: Tensor) -> Tensor:
+    return F.relu(net.second(torch.tanh(net.first(x))) + net.first(x))
+
+
+def other_activation(net: Toy, x: Tensor) -> Tensor:
+    return F.silu(net.second(F.relu6(net.first(x))))
+
+
+TOYS = {
+    plain_residual: {"first": Tail.RELU, "second": Tail.ADD_RELU},
+    in_place_sum: {"first": Tail.RELU, "second": Tail.ADD_RELU},
+    sum_alone: {"first": Tail.RELU, "second": Tail.ADD},
+    read_twice: {},
+    sum_read_twice: {"first": Tail.RELU},
+    run_twice: {"first": Tail.RELU},
+    both_sides: {"second": Tail.ADD_RELU},
+    other_activation: {},
+}
+
+
+def toy(forward: Callable[[Toy, Tensor], Tensor]) -> Network:
+    torch.manual_seed(0)
+    base = load_network(NetworkSpec(name="resnet20"))
+    return Network(spec=base.spec, module=Toy(forward).eval(), input=base.input)
+
+
+@pytest.mark.parametrize("forward", TOYS, ids=lambda f: f.__name__)
+def test_tails_are_found_where_nobody_else_reads(forward: Callable[[Toy, Tensor], Tensor]) -> None:
+    network = toy(forward)
+    assert tails_of(network.module, network.example(2)) == TOYS[forward]
+
+
+@pytest.mark.parametrize("forward", TOYS, ids=lambda f: f.__name__)
+def test_fused_toy_computes_the_same(forward: Callable[[Toy, Tensor], Tensor]) -> None:
+    network = toy(forward)
+    layout = layout_of(network)
+    assert dict(layout.tails) == TOYS[forward]
+    fast = FastCopy(network.module, layout, torch.float32)
+    fast.update(network.module)
+    images = network.example(4)
+    with torch.inference_mode():
+        wanted, found, again = network.module(images), fast.module(images), fast.module(images)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, again)
+
+
+def in_place_without_a_name(net: Toy, x: Tensor) -> Tensor:
+    x = net.act(net.first(x))
+    y = net.second(x)
+    y.add_(x)  # what is returned is not looked at
+    return y
+
+
+def input_changed_meanwhile(net: Toy, x: Tensor) -> Tensor:
+    x = net.first(x).relu()
+    y = net.second(x)
+    x.mul_(2.0)
+    return y + x
+
+
+@pytest.mark.parametrize("forward", [in_place_without_a_name, input_changed_meanwhile])
+def test_what_fusing_would_change_is_not_fused(forward: Callable[[Toy, Tensor], Tensor]) -> None:
+    network = toy(forward)
+    assert layout_of(network).tails == ()
+
+
+def test_nothing_is_fused_across_what_is_watched() -> None:
+    def forward(net: Toy, x: Tensor) -> Tensor:
+        return F.relu(net.between(net.first(x)))
+
+    network = toy(forward)
+    assert dict(layout_of(network).tails) == {"first": Tail.RELU}
+    assert layout_of(network, watched=("between",)).tails == ()
+    assert layout_of(network, watched=("first",)).tails == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        ("resnet20", {Tail.RELU: 10, Tail.ADD_RELU: 9}),
+        ("vgg16-cifar", {Tail.RELU: 13}),
+        ("torchvision:resnet18", {Tail.RELU: 9, Tail.ADD_RELU: 8}),
+        ("torchvision:mobilenet_v2", {Tail.ADD: 10}),
+    ],
+)
+def test_cut_networks_compute_the_same(name: str, fused: dict[Tail, int]) -> None:
+    network = load_network(NetworkSpec(name=name, input_shape=(3, 32, 32)))
+    layout = layout_of(network)
+    tails = list(dict(layout.tails).values())
+    assert {tail: tails.count(tail) for tail in set(tails)} == fused
+    plan = trace(network)
+    keep = np.append(np.arange(int(plan.table.channels.sum())) % 3 > 0, True)
+    module = Cutter(plan, network.module).cut(keep).eval()
+    images = network.example(4).to(memory_format=torch.channels_last)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        copies = [
+            FastCopy(network.module, lay, dtype) for lay in (layout, replace(layout, tails=()))
+        ]
+        with torch.inference_mode():
+            for fast in copies:
+                fast.update(module)
+            found, wanted = (fast.module(images.to(dtype)).float() for fast in copies)
+        torch.testing.assert_close(
+            found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())
+        )
+
+
+def test_without_the_library_nothing_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = toy(plain_residual)
+    layout = layout_of(network)
+    monkeypatch.setattr(folding, "can_fuse", lambda _device, _dtype: False)
+    assert layout_of(network).tails == ()
+    fast = FastCopy(network.module, layout, torch.float32)  # a layout from another machine
+    fast.update(network.module)
+    assert "forward" not in vars(fast.module)
+    images = network.example(2)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast.module(images), network.module(images))
+    assert not can_fuse(CPU, torch.float64)
+    assert not can_fuse(torch.device("cuda"), torch.bfloat16)
