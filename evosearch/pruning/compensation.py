@@ -10,18 +10,21 @@ References:
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from evosearch.pruning.cutting import CuttingPlan
-from evosearch.pruning.statistics import units_of
+from evosearch.pruning.cutting import CuttingPlan, on_device
+from evosearch.pruning.statistics import Units, shared_tensor, units_of
 
-__all__ = ["Compensator", "fold"]
+__all__ = ["Compensator", "fold", "loaded_factor"]
 
 _LEAST_RIDGE = 1e-9
+_LEAST_LOAD = 1e-12
 
 
 def fold(gram: Tensor, kept: Tensor, removed: Tensor, ridge: float) -> Tensor:
@@ -37,12 +40,34 @@ def fold(gram: Tensor, kept: Tensor, removed: Tensor, ridge: float) -> Tensor:
     Returns:
         `(r, k)` float64, A = G_rk (G_kk + ridge I)^-1.
     """
-    block = gram[kept][:, kept]
-    # Never zero, so that equal or dead channels can still be factorised.
-    load = max(max(ridge, _LEAST_RIDGE) * float(block.diagonal().mean()), 1e-12)
-    identity = torch.eye(len(kept), dtype=block.dtype, device=block.device)
-    factor = torch.linalg.cholesky(block + load * identity)
-    return torch.cholesky_solve(gram[kept][:, removed], factor).T
+    rows = gram[kept]
+    return torch.cholesky_solve(rows[:, removed], loaded_factor(rows[:, kept], ridge)).T
+
+
+def loaded_factor(block: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor of a matrix of second moments plus a load on its diagonal.
+
+    Args:
+        block: `(n, n)` float64; the load is added to it in place.
+        ridge: The load, as a share of the diagonal's mean.
+    """
+    # Never zero, so that equal or dead channels can still be factorised; with it the factor exists,
+    # and nobody needs to wait for a GPU to say so.
+    load = (max(ridge, _LEAST_RIDGE) * block.diagonal().mean()).clamp_min(_LEAST_LOAD)
+    block.diagonal().add_(load)
+    factor: Tensor = torch.linalg.cholesky_ex(block)[0]
+    return factor
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """A consumer: its dense weight, its cut layer, and what its input looks like."""
+
+    weight: Tensor
+    layer: Any
+    gram: Tensor
+    units: Units
+    out_axis: int | None
 
 
 class Compensator:
@@ -67,14 +92,14 @@ class Compensator:
         dense, layers = dict(source.named_modules()), dict(target.named_modules())
         self._ridge = ridge
         self._axes = plan.table.axes
+        self._device = next(source.parameters()).device
         self._entries = [
-            (
-                entry,
-                dense[entry.name].weight.detach(),
-                layers[entry.name],
-                # A copy: the array may be a read-only view into shared memory.
-                torch.from_numpy(np.array(grams[entry.name])).to(dense[entry.name].weight.device),
-                units_of(plan.table.axes[entry.in_axis]),
+            _Entry(
+                weight=dense[entry.name].weight.detach(),
+                layer=layers[entry.name],
+                gram=shared_tensor(grams[entry.name]).to(self._device),
+                units=units_of(plan.table.axes[entry.in_axis]),
+                out_axis=entry.out_axis,
             )
             for entry in plan.cuts
             if entry.in_axis is not None
@@ -86,25 +111,29 @@ class Compensator:
         Args:
             keep: `(n_channels + 1,)` boolean by flat channel number, as given to the cutter.
         """
+        cut = [
+            (entry, kept_units)
+            for entry in self._entries
+            if not (kept_units := keep[entry.units.sources]).all()
+        ]
+        indices: list[NDArray[np.int64]] = []
+        for entry, kept_units in cut:
+            indices += [np.flatnonzero(kept_units), np.flatnonzero(~kept_units)]
+            if entry.out_axis is not None:
+                indices.append(self._axes[entry.out_axis].kept(keep))
+        there = iter(on_device(indices, self._device))
         with torch.no_grad():
-            for entry, weight, layer, gram, units in self._entries:
-                kept_units = keep[units.sources]
-                if kept_units.all():
-                    continue
-                device = weight.device
-                kept = torch.from_numpy(np.flatnonzero(kept_units)).to(device)
-                removed = torch.from_numpy(np.flatnonzero(~kept_units)).to(device)
-                rows = weight
-                if entry.out_axis is not None:
-                    out = self._axes[entry.out_axis].kept(keep)
-                    rows = weight[torch.from_numpy(out).to(device)]
-                matrix = units.gather(rows)
-                mixing = fold(gram, kept, removed, self._ridge).to(matrix.dtype)
+            for entry, kept_units in cut:
+                kept, removed = next(there), next(there)
+                rows = entry.weight if entry.out_axis is None else entry.weight[next(there)]
+                matrix = entry.units.gather(rows)
+                mixing = fold(entry.gram, kept, removed, self._ridge).to(matrix.dtype)
                 n_out, _, rest = matrix.shape
                 gone = matrix[:, removed].transpose(1, 2).reshape(-1, len(removed))
                 added = (gone @ mixing).reshape(n_out, rest, len(kept)).transpose(1, 2)
                 columns = matrix[:, kept] + added
-                layer.weight.data = self._restore(columns, units.order[kept_units], layer.weight)
+                order = entry.units.order[kept_units]
+                entry.layer.weight.data = self._restore(columns, order, entry.layer.weight)
 
     @staticmethod
     def _restore(columns: Tensor, order: NDArray[np.int64], like: Tensor) -> Tensor:

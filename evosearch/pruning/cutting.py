@@ -1,6 +1,7 @@
 """Cutting a network along a plan that was prepared once: a few index selections per layer."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from evosearch.pruning.table import GroupTable
 
-__all__ = ["Cutter", "CuttingPlan", "LayerCut", "kept_indices"]
+__all__ = ["Cutter", "CuttingPlan", "LayerCut", "kept_indices", "on_device"]
 
 BoolArray = NDArray[np.bool_]
 
@@ -127,15 +128,25 @@ class Cutter:
         return self.network
 
 
+def on_device(arrays: Sequence[NDArray[np.int64]], device: torch.device | str) -> list[Tensor]:
+    """Arrays of indices as tensors, in one transfer: each would make a GPU wait."""
+    if not arrays:
+        return []
+    whole = torch.from_numpy(np.concatenate(arrays)).to(device)
+    return list(torch.split(whole, [len(array) for array in arrays]))
+
+
 def kept_indices(
     table: GroupTable, keep: BoolArray, device: torch.device | str = "cpu"
 ) -> list[Tensor | None]:
     """Per axis the kept indices, int64; None where the axis stays whole."""
-    chosen: list[Tensor | None] = []
-    for axis in table.axes:
-        kept = axis.kept(keep)
-        chosen.append(None if len(kept) == axis.size else torch.from_numpy(kept).to(device))
-    return chosen
+    kept = [axis.kept(keep) for axis in table.axes]
+    shortened = [k for k, axis in zip(kept, table.axes, strict=True) if len(k) < axis.size]
+    there = iter(on_device(shortened, device))
+    return [
+        next(there) if len(k) < axis.size else None
+        for k, axis in zip(kept, table.axes, strict=True)
+    ]
 
 
 def _resize(layer: nn.Module, depthwise: bool) -> None:

@@ -159,7 +159,7 @@ class FastCopy:
             layer = layers[layer_name]
             if layer.bias is None:
                 width = layers[norm_name].num_features
-                layer.bias = nn.Parameter(torch.zeros(width, dtype=layer.weight.dtype))
+                layer.bias = nn.Parameter(layer.weight.new_zeros(width))
             parent, _, leaf = norm_name.rpartition(".")
             setattr(layers[parent], leaf, nn.Identity())
         self._whole: set[nn.Module] = set()

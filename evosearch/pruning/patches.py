@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evosearch.pruning.cutting import CuttingPlan, LayerCut
+from evosearch.pruning.compensation import loaded_factor
+from evosearch.pruning.cutting import CuttingPlan, on_device
 from evosearch.pruning.folding import Layout
-from evosearch.pruning.statistics import run_watched
+from evosearch.pruning.statistics import run_watched, shared_tensor
 
 __all__ = ["Moments", "PatchCompensator", "patch_moments"]
 
@@ -40,7 +41,6 @@ _POSITIONS = 32
 # Patches longer than this are left to the compensation by channel: the square of it is kept, and
 # factorised for every candidate.
 _LONGEST = 4608
-_LEAST_RIDGE = 1e-9
 # Below this share of what it was, a variance says nothing: the filter has lost its input.
 _LEAST_VARIANCE = 1e-3
 
@@ -143,7 +143,8 @@ def patch_moments(
 
 @dataclass(frozen=True, eq=False)
 class _Consumer:
-    entry: LayerCut
+    in_axis: int
+    out_axis: int | None
     weight: Tensor
     layer: Any
     norm: Any
@@ -176,18 +177,19 @@ class PatchCompensator:
         norms = dict(layout.pairs)
         self._axes = plan.table.axes
         self._ridge = ridge
+        self._device = next(source.parameters()).device
         self._consumers = [
             _Consumer(
-                entry=entry,
-                weight=dense[entry.name].weight.detach().double().cpu(),
+                in_axis=entry.in_axis,
+                out_axis=entry.out_axis,
+                weight=dense[entry.name].weight.detach().double(),
                 layer=layers[entry.name],
                 norm=layers[norms[entry.name]] if entry.name in norms else None,
-                # Copies: the arrays may be read-only views into shared memory.
-                mean=torch.from_numpy(np.array(moments[entry.name].mean)),
-                covariance=torch.from_numpy(np.array(moments[entry.name].covariance)),
+                mean=shared_tensor(moments[entry.name].mean).to(self._device),
+                covariance=shared_tensor(moments[entry.name].covariance).to(self._device),
             )
             for entry in plan.cuts
-            if entry.name in moments
+            if entry.name in moments and entry.in_axis is not None
         ]
 
     def compensate(self, keep: NDArray[np.bool_]) -> None:
@@ -196,26 +198,30 @@ class PatchCompensator:
         Args:
             keep: `(n_channels + 1,)` boolean by flat channel number, as given to the cutter.
         """
+        cut: list[_Consumer] = []
+        indices: list[NDArray[np.int64]] = []
+        for consumer in self._consumers:
+            inputs, weight = self._axes[consumer.in_axis].kept(keep), consumer.weight
+            if len(inputs) == weight.shape[1]:
+                continue
+            cut.append(consumer)
+            area = weight[0, 0].numel()
+            indices.append((inputs[:, None] * area + np.arange(area)).ravel())
+            if consumer.out_axis is not None:
+                indices.append(self._axes[consumer.out_axis].kept(keep))
+        there = iter(on_device(indices, self._device))
         with torch.no_grad():
-            for consumer in self._consumers:
-                self._refit(consumer, keep)
+            for consumer in cut:
+                kept = next(there)
+                self._refit(consumer, kept, None if consumer.out_axis is None else next(there))
 
-    def _refit(self, consumer: _Consumer, keep: NDArray[np.bool_]) -> None:
-        entry, weight = consumer.entry, consumer.weight
-        assert entry.in_axis is not None  # noqa: S101  see patch_moments
-        inputs = self._axes[entry.in_axis].kept(keep)
-        if len(inputs) == weight.shape[1]:
-            return
-        if entry.out_axis is not None:
-            weight = weight[torch.from_numpy(self._axes[entry.out_axis].kept(keep))]
-        matrix = weight.flatten(1)
-        area = matrix.shape[1] // weight.shape[1]
-        kept = torch.from_numpy((inputs[:, None] * area + np.arange(area)).ravel())
+    def _refit(self, consumer: _Consumer, kept: Tensor, outputs: Tensor | None) -> None:
+        matrix = consumer.weight.flatten(1)
+        if outputs is not None:
+            matrix = matrix[outputs]
         covariance = consumer.covariance
         block = covariance[kept][:, kept]
-        # Never zero, so that equal or dead inputs can still be factorised.
-        load = max(max(self._ridge, _LEAST_RIDGE) * float(block.diagonal().mean()), 1e-12)
-        factor = torch.linalg.cholesky(block + load * torch.eye(len(kept), dtype=block.dtype))
+        factor = loaded_factor(block.clone(), self._ridge)
         spread = matrix @ covariance
         fitted = torch.cholesky_solve(spread[:, kept].T, factor).T
         layer, norm = consumer.layer, consumer.norm

@@ -27,6 +27,7 @@ from evosearch.pruning.cutting import CuttingPlan, kept_indices
 from evosearch.pruning.folding import FastCopy, Layout
 from evosearch.pruning.fusing import Tail, can_fuse, convolve
 from evosearch.pruning.sampling import Sampler, flat_weight, shaped_weight
+from evosearch.pruning.statistics import shared_tensor
 from evosearch.pruning.targets import Target
 from evosearch.pruning.watching import Watch
 
@@ -141,7 +142,7 @@ class Reconstructor:
                 name=name,
                 layer=layer,
                 target=target,
-                values=torch.from_numpy(np.array(target.values)).to(device),
+                values=shared_tensor(target.values).to(device),
                 sampler=Sampler(target.positions),
                 plain=layer.forward,
                 tail=tails.get(name),

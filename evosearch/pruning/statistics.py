@@ -1,8 +1,9 @@
 """What calibration images tell about a dense network: the Gram matrix of each consumer's input."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.table import Axis
 
-__all__ = ["InputHook", "Units", "gram_matrices", "run_watched", "units_of"]
+__all__ = ["InputHook", "Units", "gram_matrices", "run_watched", "shared_tensor", "units_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,17 @@ def units_of(axis: Axis) -> Units:
         return Units(np.arange(axis.size)[:, None], axis.sources)
     order = np.argsort(axis.sources, kind="stable").reshape(-1, multiplicity)
     return Units(order, axis.sources[order[:, 0]])
+
+
+def shared_tensor(array: NDArray[Any]) -> Tensor:
+    """A tensor over the very memory of an array, which nobody may write to.
+
+    Arrays from Ray's object store are read-only views that all workers of a machine share; torch
+    knows no such tensors and warns.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 class _GramHook:

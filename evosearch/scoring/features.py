@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evosearch.pruning.statistics import shared_tensor
+
 __all__ = ["Distortion", "FeatureTap", "Features", "feature_layer"]
 
 # Of the dense features; positions are sampled where maps are larger.
@@ -183,7 +185,7 @@ class Distortion:
 
     def __init__(self, module: nn.Module, features: Features, device: str) -> None:
         self._tap = FeatureTap(module, features.layer, len(features.values), features.positions)
-        self._wanted = torch.from_numpy(np.array(features.values)).to(device)
+        self._wanted = shared_tensor(features.values).to(device)
         self._energy = features.energy
 
     def of(self, outputs: Tensor, start: int) -> Tensor:

@@ -22,6 +22,7 @@ from evosearch.pruning.folding import FastCopy, Layout
 from evosearch.pruning.patches import PatchCompensator
 from evosearch.pruning.proposals import Norm
 from evosearch.pruning.reconstruction import Reconstructor
+from evosearch.pruning.statistics import shared_tensor
 from evosearch.scoring.features import Distortion
 from evosearch.scoring.proxies import proxy_named
 from evosearch.scoring.racing import Estimate, Race, block_means, rungs
@@ -109,8 +110,6 @@ class Scorer:
             for layer in self._recalibrated.module.modules()
             if isinstance(layer, Norm) and layer.track_running_stats
         ]
-        for norm in self._norms:
-            norm.momentum = None  # a plain average
         self._reconstructor = None
         if workload.targets:
             self._reconstructor = Reconstructor(
@@ -125,9 +124,9 @@ class Scorer:
         nothing = Blends(names=(), scores=np.empty((0, len(workload.places))))
         self._blends = workload.blends or nothing
         self._proxy = proxy_named(self.settings.name)
-        dense_logits = torch.from_numpy(np.array(workload.dense_logits))
-        self._log_dense = F.log_softmax(dense_logits.double(), dim=1)
-        self._labels = torch.from_numpy(np.array(workload.validation.labels))
+        self._log_dense = F.log_softmax(shared_tensor(workload.dense_logits).double(), dim=1)
+        self._labels = shared_tensor(workload.validation.labels)
+        self._teacher = shared_tensor(workload.teacher)
         self._batch_size = self.settings.batch_size
         self._fitting_images: Tensor | None = None
         self._kept_inputs: dict[tuple[str, int], list[Tensor]] = {}
@@ -172,7 +171,14 @@ class Scorer:
         for norm in self._norms:
             norm.reset_running_stats()
             norm.train()
-        logits(fast.module, self._inputs("calibration", images, at_least=True), fast.dtype)
+        parts = self._inputs("calibration", images, at_least=True)
+        with torch.inference_mode():
+            for number, batch in enumerate(parts, 1):
+                for norm in self._norms:
+                    # A plain average. `momentum=None` is one, too, but reads its count from the
+                    # device, and a GPU would wait once for each layer.
+                    norm.momentum = 1.0 / number
+                fast.module(batch.to(self._device, fast.dtype))
         fast.give_statistics(self._cutter.network)
 
     def reconstruct(self, keep: NDArray[np.bool_]) -> None:
@@ -197,7 +203,7 @@ class Scorer:
             fast.module,
             dict(fast.module.named_modules())[name],
             self._inputs("calibration", self._workload.calibration, at_least=True),
-            torch.from_numpy(np.array(self._workload.teacher)),
+            self._teacher,
             self.settings.reconstruction_ridge,
         )
         with torch.no_grad():
@@ -209,11 +215,10 @@ class Scorer:
         """Takes a few steps of training towards the dense network's outputs."""
         parts = batches(self._network, self._workload.calibration, self._batch_size, at_least=True)
         images = [batch.to(self._device) for batch in parts]
-        teacher = torch.from_numpy(np.array(self._workload.teacher))
         distil(
             self._cutter.network,
             images,
-            torch.split(teacher, [len(batch) for batch in images]),
+            torch.split(self._teacher, [len(batch) for batch in images]),
             self.settings.distillation_steps,
             self.settings.distillation_lr,
             self._measured.dtype,
