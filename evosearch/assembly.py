@@ -48,6 +48,7 @@ from evosearch.scoring.workload import (
     Workload,
     dense_error,
     prepare_workload,
+    settled_batch_size,
     settled_precision,
 )
 from evosearch.space import CriteriaFacts, CriteriaWish, SearchSpace, criteria_wish, make_space
@@ -365,7 +366,7 @@ def assemble(recipe: Recipe) -> Assembled:
                 distillation_steps=proxy.distillation_steps,
                 distillation_lr=proxy.distillation_lr,
                 precision=proxy.precision,
-                batch_size=proxy.batch_size,
+                batch_size=settled_batch_size(proxy.batch_size),
             ),
             image_sets.calibration,
             image_sets.validation,
@@ -437,8 +438,12 @@ def reachable_costs(
 
 def _settled(recipe: Recipe, images: ImageSets) -> Recipe:
     """The recipe with all that it left open written down, so that a run never changes."""
-    precision = settled_precision(recipe.proxy.precision, gpu=recipe.run.gpus_per_worker > 0)
-    proxy = recipe.proxy.model_copy(update={"precision": precision})
+    gpu = recipe.run.gpus_per_worker > 0
+    how = {
+        "precision": settled_precision(recipe.proxy.precision, gpu=gpu),
+        "batch_size": settled_batch_size(recipe.proxy.batch_size, gpu=gpu),
+    }
+    proxy = recipe.proxy.model_copy(update=how)
     views = 2 if recipe.data.mirrored else 1
     sizes = {
         "calibration": len(images.calibration),

@@ -151,8 +151,8 @@ class ProxyRecipe(_Table):
     """Learning rate of the first of them; it falls to zero."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of forward passes; auto is bfloat16 where the hardware has it, and settled at launch."""
-    batch_size: Count = 128
-    """Images per forward pass."""
+    batch_size: Count | None = None
+    """Images per forward pass; 128 if left out, 1024 on a GPU, and settled at launch."""
 
 
 class RunRecipe(_Table):

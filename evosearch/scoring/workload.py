@@ -35,6 +35,7 @@ __all__ = [
     "logits",
     "prepare_workload",
     "samples_of",
+    "settled_batch_size",
     "settled_precision",
     "single_thread",
     "with_validation",
@@ -156,6 +157,11 @@ def settled_precision(wish: str, *, gpu: bool = False) -> str:
     # Older versions of torch do not tell.
     flags: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if any(flags.get(flag) for flag in _BFLOAT16_FLAGS) else "float32"
+
+
+def settled_batch_size(wish: int | None, *, gpu: bool = False) -> int:
+    """What maps of a CIFAR network still fit a core's caches with; GPUs want work for thousands."""
+    return wish or (1024 if gpu else 128)
 
 
 def _dense_logits(network: Network, layout: Layout, precision: str, images: list[Tensor]) -> Tensor:

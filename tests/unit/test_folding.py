@@ -13,7 +13,12 @@ from evosearch.pruning.folding import FastCopy, Layout, layout_of
 from evosearch.pruning.groups import trace
 from evosearch.pruning.proposals import Norm
 from evosearch.scoring.proxies import ProxySettings
-from evosearch.scoring.workload import divergence, prepare_workload, settled_precision
+from evosearch.scoring.workload import (
+    divergence,
+    prepare_workload,
+    settled_batch_size,
+    settled_precision,
+)
 
 
 def lively(network: Network) -> Network:
@@ -139,3 +144,9 @@ def test_precision_that_is_named_is_not_second_guessed() -> None:
     assert settled_precision("float32") == "float32"
     assert settled_precision("bfloat16") == "bfloat16"
     assert settled_precision("auto") in ("float32", "bfloat16")
+
+
+def test_batch_size_is_a_wish_or_what_the_device_likes() -> None:
+    assert settled_batch_size(None) == 128
+    assert settled_batch_size(None, gpu=True) > 128
+    assert settled_batch_size(32, gpu=True) == 32
