@@ -5,7 +5,7 @@ Channel order, Gram matrices and the dense network's outputs are computed here, 
 workers cut and compare alike, whatever machine they run on.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -283,6 +283,47 @@ def samples_of(network: Network, calibration: Images, size: int, labels: str) ->
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Seen:
+    """What calibration images told about the dense network; see `Workload`."""
+
+    samples: Samples | None
+    grams: Mapping[str, NDArray[np.float64]]
+    moments: Mapping[str, Moments]
+    targets: Mapping[str, Target]
+    teacher: NDArray[np.float32]
+
+
+def _look_at(
+    network: Network,
+    plan: CuttingPlan,
+    layout: Layout,
+    settings: ProxySettings,
+    calibration: Images,
+    needs: Set[str],
+) -> _Seen:
+    """Collects what the proxy needs, and what criteria need, and nothing else."""
+    proxy, size = proxy_named(settings.name), settings.batch_size
+    samples: Samples | None = None
+    grams: Mapping[str, NDArray[np.float64]] = {}
+    moments: Mapping[str, Moments] = {}
+    targets: Mapping[str, Target] = {}
+    teacher = np.empty((0, 0), dtype=np.float32)
+    if proxy.needs_grams or proxy.needs_moments or needs:
+        samples = samples_of(network, calibration, size, settings.labels)
+        if proxy.needs_grams or "grams" in needs:
+            grams = gram_matrices(network.module, plan, list(samples.batches))
+        if proxy.needs_moments:
+            moments = patch_moments(network.module, plan, list(samples.batches))
+    if proxy.needs_targets:
+        first = network.normalise(calibration.pixels[: settings.reconstruction_images])
+        targets = targets_of(network.module, layout, first, TARGET_POSITIONS)
+    if proxy.needs_teacher:
+        shown = list(batches(network, calibration, size, at_least=True))
+        teacher = _dense_logits(network, layout, "float32", shown).numpy()
+    return _Seen(samples=samples, grams=grams, moments=moments, targets=targets, teacher=teacher)
+
+
 def prepare_workload(
     network: Network,
     plan: CuttingPlan,
@@ -309,11 +350,10 @@ def prepare_workload(
             dense network gives infinite outputs, or does not bear the precision.
     """
     proxy = proxy_named(settings.name)
-    size = settings.batch_size
     with single_thread():
         layer = _feature_layer(network, plan)
         layout = layout_of(network, watched=() if layer is None else (layer,))
-        shown = list(batches(network, validation, size))
+        shown = list(batches(network, validation, settings.batch_size))
         outputs, features = _dense_answers(network, layout, layer, shown)
         dense = outputs.numpy()
         _check_outputs(dense, validation)
@@ -322,26 +362,9 @@ def prepare_workload(
             rounding = _check_rounding(network, layout, settings.precision, shown, outputs)
         names = list(dict.fromkeys([settings.criterion, *candidates]))
         needs = {need for name in names for need in criterion_named(name).needs} - {"norms"}
-        grams: Mapping[str, NDArray[np.float64]] = {}
-        samples = None
-        moments: Mapping[str, Moments] = {}
-        if proxy.needs_grams or proxy.needs_moments or needs:
-            samples = samples_of(network, calibration, size, settings.labels)
-            if proxy.needs_grams or "grams" in needs:
-                grams = gram_matrices(network.module, plan, list(samples.batches))
-            if proxy.needs_moments:
-                moments = patch_moments(network.module, plan, list(samples.batches))
-        targets: Mapping[str, Target] = {}
-        if proxy.needs_targets:
-            first = calibration.pixels[: settings.reconstruction_images]
-            shown_first = network.normalise(first)
-            targets = targets_of(network.module, layout, shown_first, TARGET_POSITIONS)
-        teacher = np.empty((0, dense.shape[1]), dtype=np.float32)
-        if proxy.needs_teacher:
-            shown = list(batches(network, calibration, size, at_least=True))
-            teacher = _dense_logits(network, layout, "float32", shown).numpy()
+        seen = _look_at(network, plan, layout, settings, calibration, needs)
         scores = channel_scores(
-            network.module, plan, names, samples, grams or None, settings.coupling
+            network.module, plan, names, seen.samples, seen.grams or None, settings.coupling
         )
     blends = None
     if candidates:
@@ -358,10 +381,10 @@ def prepare_workload(
         layout=layout,
         places=places_of(scores[0], plan.table),
         blends=blends,
-        grams=grams if proxy.needs_grams else {},
-        moments=moments,
-        targets=targets,
-        teacher=teacher,
+        grams=seen.grams if proxy.needs_grams else {},
+        moments=seen.moments,
+        targets=seen.targets,
+        teacher=seen.teacher,
         dense_logits=dense,
         features=features,
         rounding=rounding,
