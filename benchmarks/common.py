@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from evosearch.data import Images
 from evosearch.networks import Network, NetworkSpec, load_network
+from evosearch.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,6 +63,14 @@ def published(folder: Path, name: str, **changes: Any) -> Network:
             **changes,
         )
     )
+
+
+def policies_and_truth(network: str) -> tuple[list[Policy], NDArray[np.float64]]:
+    """Random policies of a fidelity study, and their errors on test images after fine-tuning."""
+    table = pd.read_csv(RESULTS / f"fidelity-{network}-policies.csv")
+    table = table[table["set"] == "random"].dropna(subset=["test.error"])
+    keeps = table[[column for column in table if str(column).startswith("keep:")]].to_numpy()
+    return [Policy(tuple(map(int, row))) for row in keeps], table["test.error"].to_numpy()
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

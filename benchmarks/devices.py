@@ -10,6 +10,7 @@ order the policies alike.
     python benchmarks/devices.py [--device cuda] [--scorers 1 2 4 8] [--blocks 3] [--policies 32]
 """
 
+import math
 import statistics
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ import ray
 import torch
 from common import parser, published, show, write
 from scipy.stats import kendalltau
-from throughput import OURS, random_policies, the_images
+from throughput import OURS, the_images
 
 from evosearch.data import Images, augment
 from evosearch.measurement import METRICS, Measurement
@@ -28,6 +29,7 @@ from evosearch.networks import Network
 from evosearch.policy import Policy
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.groups import trace
+from evosearch.pruning.table import GroupTable
 from evosearch.scoring.pool import InProcessPool, PoolSettings, RayPool
 from evosearch.scoring.proxies import ProxySettings
 from evosearch.scoring.workload import (
@@ -38,6 +40,15 @@ from evosearch.scoring.workload import (
 )
 
 READ_BY = {"ours, same images": "error", "ours, quick": "distortion"}
+
+
+def random_policies(table: GroupTable, count: int) -> list[Policy]:
+    """Channels kept at random, 20 to 75% removed per group."""
+    rng = np.random.default_rng(0)
+    return [
+        Policy(tuple(int(c - math.floor(c * rng.uniform(0.2, 0.75))) for c in table.channels))
+        for _ in range(count)
+    ]
 
 
 def prepared(network: Network, plan: CuttingPlan, folder: Path, name: str, gpu: bool) -> Workload:

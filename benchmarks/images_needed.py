@@ -12,16 +12,14 @@ of the logits, and of the feature maps after each stage.
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from common import RESULTS, images, parser, published, show, write
+from common import images, parser, policies_and_truth, published, show, write
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 from torch import Tensor
 
 from evosearch.assembly import as_trained
 from evosearch.data import balanced_subset
-from evosearch.policy import Policy
 from evosearch.pruning.groups import trace
 from evosearch.scoring.proxies import ProxySettings
 from evosearch.scoring.scorer import Scorer
@@ -30,14 +28,6 @@ from evosearch.scoring.workload import Workload, batches, prepare_workload, sett
 FloatArray = NDArray[np.float64]
 STAGES = ("layer1", "layer2", "layer3")
 COUNTS = (8, 16, 32, 64, 128, 256, 512)
-
-
-def policies_and_truth(network: str) -> tuple[list[Policy], FloatArray]:
-    """Random policies of the study, and their errors on test images after fine-tuning."""
-    table = pd.read_csv(RESULTS / f"fidelity-{network}-policies.csv")
-    table = table[table["set"] == "random"].dropna(subset=["test.error"])
-    keeps = table[[column for column in table if str(column).startswith("keep:")]].to_numpy()
-    return [Policy(tuple(map(int, row))) for row in keeps], table["test.error"].to_numpy()
 
 
 def workload_of(options: Any) -> Workload:

@@ -4,18 +4,19 @@ The rival is Optuna's NSGA-II driving Torch-Pruning: copy the network, prune eve
 recalibrate batch norm on 500 images, measure top-1 on 1,000 images, count MACs; eager float32, two
 processes. Ours are searches' own workers on Ray: once with the same images (`ours, same images`),
 and with fewer, as the evidence on fidelity suggests (`ours, fast`; `ours, quick`, to be read by its
-distortion). All score the same policies of the published ResNet-56, in blocks that take turns, so
-that a noisy machine is noisy for everybody. Beside it, each one's tau on the policies of
-results/fidelity-resnet56.csv, by every metric that it could be read by.
+distortion). All score the policies of results/fidelity-resnet56-policies.csv, which were fine-tuned
+there, in blocks that take turns, so that a noisy machine is noisy for everybody. What they find is
+compared with that truth: the taus are those of the very candidates that were timed, by every metric
+that one could read. The rival gets a divergence, too, as its outputs have it for nothing.
 
 Then, in this process alone: where a candidate's time goes, and how near the forward passes come to
 the machine's matrix multiplication.
 
-    python benchmarks/throughput.py [--data FOLDER] [--blocks 3] [--policies 8]
+    python benchmarks/throughput.py [--data FOLDER] [--blocks 3]
 """
 
 import copy
-import math
+import functools
 import multiprocessing
 import statistics
 import tempfile
@@ -27,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from common import RESULTS, images, parser, published, show, write
+from common import images, parser, policies_and_truth, published, show, write
+from numpy.typing import NDArray
 from torch import nn
 
 from evosearch.data import Images, augment, balanced_subset
+from evosearch.fidelity.statistics import correlate
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement
 from evosearch.networks import Network
@@ -43,7 +45,12 @@ from evosearch.pruning.table import GroupTable
 from evosearch.scoring.pool import PoolSettings, RayPool
 from evosearch.scoring.proxies import ProxySettings
 from evosearch.scoring.scorer import Scorer
-from evosearch.scoring.workload import Workload, prepare_workload, settled_precision
+from evosearch.scoring.workload import (
+    Workload,
+    divergence,
+    prepare_workload,
+    settled_precision,
+)
 
 PROCESSES = 2
 GOAL_RATIO, GOAL_PEAK, GOAL_OUTSIDE = 10.0, 0.6, 0.05
@@ -81,41 +88,8 @@ OURS: dict[str, tuple[int, int, dict[str, Any]]] = {
     ),
 }
 RIVAL = "Optuna and Torch-Pruning"
-# What each of them is in the table of fidelity.
-PREDICTORS = {
-    RIVAL: "recalibrated-l1",
-    "ours, same images": "compensated",
-    "ours, compensated, fast": "compensated-fast",
-    "ours, same images, reconstructed": "reconstructed",
-    "ours, fast": "reconstructed-fast",
-    "ours, quick": "reconstructed-quick",
-}
 READ_BY = ("error", "divergence", "distortion")
-
-
-def fidelity() -> dict[str, dict[str, dict[str, float]]]:
-    """Tau with its interval by who scores and by metric; nothing where it was not measured."""
-    path = RESULTS / "fidelity-resnet56.csv"
-    if not path.exists():
-        return {}
-    table = pd.read_csv(path)
-    table = table[(table["set"] == "random") & (table.truth == "test.error")]
-    table = table[table.metric.isin(READ_BY)]
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for name, predictor in PREDICTORS.items():
-        for _, row in table[table.predictor == predictor].iterrows():
-            numbers = {key: float(row[key]) for key in ("tau", "tau_low", "tau_high")}
-            found.setdefault(name, {})[str(row.metric)] = numbers
-    return found
-
-
-def random_policies(table: GroupTable, count: int) -> list[Policy]:
-    """Channels kept at random, 20 to 75% removed per group."""
-    rng = np.random.default_rng(0)
-    return [
-        Policy(tuple(int(c - math.floor(c * rng.uniform(0.2, 0.75))) for c in table.channels))
-        for _ in range(count)
-    ]
+Found = dict[Policy, dict[str, float]]
 
 
 # --- the rival
@@ -127,20 +101,23 @@ def start_rival(folder: Path, calibration: Images, validation: Images) -> None:
     """Loads what a hand-written worker would hold."""
     torch.set_num_threads(1)
     network = published(folder, "resnet56")
+    model, shown = network.module.eval(), network.normalise(validation.pixels)
+    with torch.no_grad():
+        dense = torch.cat([model(batch) for batch in torch.split(shown, 128)])
     _rival.update(
-        model=network.module.eval(),
+        model=model,
         example=network.example(),
         calibration=network.normalise(calibration.pixels),
-        validation=network.normalise(validation.pixels),
+        validation=shown,
         labels=torch.from_numpy(validation.labels),
+        dense=dense,
     )
 
 
 def hand_written(ratios: list[float]) -> tuple[float, float, float]:
-    """Error, share of MACs and seconds of one candidate, as a user's objective would get them."""
+    """Error, divergence and MACs of one candidate, as a user's objective would get them."""
     import torch_pruning as tp
 
-    start = time.perf_counter()
     model = copy.deepcopy(_rival["model"])
     blocks = [m for m in model.modules() if hasattr(m, "conv2")]
     pruner = tp.pruner.MagnitudePruner(
@@ -163,21 +140,16 @@ def hand_written(ratios: list[float]) -> tuple[float, float, float]:
         for batch in _rival["calibration"].split(128):
             model(batch)
         model.eval()
-        correct = sum(
-            int((model(batch).argmax(1) == labels).sum())
-            for batch, labels in zip(
-                _rival["validation"].split(128), _rival["labels"].split(128), strict=True
-            )
-        )
+        outputs = torch.cat([model(batch) for batch in _rival["validation"].split(128)])
     macs, _ = tp.utils.count_ops_and_params(model, _rival["example"])
-    error = 1 - correct / len(_rival["labels"])
-    return error, float(macs), time.perf_counter() - start
+    error = float((outputs.argmax(1) != _rival["labels"]).double().mean())
+    return error, divergence(_rival["dense"], outputs), float(macs)
 
 
 def rival_block(
     executor: ProcessPoolExecutor, study: Any, table: GroupTable, block: list[Policy]
-) -> float:
-    """Candidates per second of Optuna asking, two processes scoring, Optuna being told."""
+) -> tuple[float, Found]:
+    """Candidates per second of Optuna asking, two processes scoring; and what they found."""
     import optuna
 
     start = time.perf_counter()
@@ -192,23 +164,26 @@ def rival_block(
         trial = study.ask()
         ratios = [trial.suggest_float(f"r{i}", 0.0, 0.9) for i in range(len(table.groups))]
         flying.append((trial, executor.submit(hand_written, ratios)))
-    for trial, future in flying:
-        error, macs, _ = future.result()
+    found: Found = {}
+    for policy, (trial, future) in zip(block, flying, strict=True):
+        error, moved, macs = future.result()
         study.tell(trial, [error, macs], state=optuna.trial.TrialState.COMPLETE)
-    return len(block) / (time.perf_counter() - start)
+        found[policy] = {"error": error, "divergence": moved}
+    return len(block) / (time.perf_counter() - start), found
 
 
 # --- ours
 
 
-def ours_block(pool: RayPool, block: list[Policy]) -> float:
-    """Candidates per second."""
+def ours_block(pool: RayPool, block: list[Policy]) -> tuple[float, Found]:
+    """Candidates per second, and what came out."""
     start = time.perf_counter()
     landed: list[Measurement] = []
     pool.score(block, landed.append, lambda: False)
     if not all(m.ok for m in landed):
         raise SystemExit(f"failed: {[m.reason for m in landed if not m.ok]}")
-    return len(block) / (time.perf_counter() - start)
+    rate = len(block) / (time.perf_counter() - start)
+    return rate, {m.policy: dict(m.metrics) for m in landed}
 
 
 @contextmanager
@@ -324,17 +299,15 @@ def prepared(
 def in_turns(
     workloads: dict[str, Workload],
     table: GroupTable,
-    policies: list[Policy],
-    blocks: int,
+    blocks: list[list[Policy]],
     arguments: tuple[Path, Images, Images],
-) -> dict[str, list[float]]:
-    """Candidates per second of everybody, block after block of the same policies.
+) -> tuple[dict[str, list[float]], dict[str, Found]]:
+    """Candidates per second of everybody, block after block, and what everybody found.
 
     Args:
         workloads: Ours.
         table: Of the network.
-        policies: What all of them score, as many in each block.
-        blocks: How many.
+        blocks: Policies that all of them score.
         arguments: What a worker of the rival starts with.
     """
     import optuna
@@ -345,6 +318,7 @@ def in_turns(
         directions=["minimize", "minimize"], sampler=optuna.samplers.NSGAIISampler(seed=0)
     )
     rates: dict[str, list[float]] = {n: [] for n in (RIVAL, *workloads)}
+    found: dict[str, Found] = {n: {} for n in rates}
     context = multiprocessing.get_context("spawn")
     # The workers of one pool are idle while others score: one cluster has room for all.
     ray.init(
@@ -356,19 +330,33 @@ def in_turns(
     )
     pools = {n: RayPool(w, PoolSettings(workers=PROCESSES)) for n, w in workloads.items()}
     with ProcessPoolExecutor(PROCESSES, context, start_rival, arguments) as executor:
-        rival_block(executor, study, table, policies[:PROCESSES])  # starts, warms up
-        for pool in pools.values():
-            ours_block(pool, policies[:PROCESSES])
-        size = len(policies) // blocks
-        for index in range(blocks):
-            block = policies[index * size : (index + 1) * size]
-            rates[RIVAL].append(rival_block(executor, study, table, block))
-            for name, pool in pools.items():
-                rates[name].append(ours_block(pool, block))
+        turns: dict[str, Callable[[list[Policy]], tuple[float, Found]]] = {
+            RIVAL: functools.partial(rival_block, executor, study, table),
+            **{name: functools.partial(ours_block, pool) for name, pool in pools.items()},
+        }
+        for turn in turns.values():
+            turn(blocks[0][:PROCESSES])  # starts, warms up
+        for block in blocks:
+            for name, turn in turns.items():
+                rate, landed = turn(block)
+                rates[name].append(rate)
+                found[name] |= landed
     for pool in pools.values():
         pool.close()
     ray.shutdown()
-    return rates
+    return rates, found
+
+
+def fidelity(found: Found, policies: list[Policy], truth: NDArray[np.float64]) -> dict[str, Any]:
+    """Tau with its interval, by metric."""
+    taus = {}
+    for metric in READ_BY:
+        if all(metric in found[policy] for policy in policies):
+            values = np.array([found[policy][metric] for policy in policies])
+            result = correlate(values, truth)
+            keys = ("tau", "tau_low", "tau_high")
+            taus[metric] = {key: float(getattr(result, key)) for key in keys}
+    return taus
 
 
 def show_rates(
@@ -388,7 +376,7 @@ def show_rates(
                 f"{min(ratios[name]):.1f} to {max(ratios[name]):.1f}",
                 *(
                     "{tau:.2f} ({tau_low:.2f} to {tau_high:.2f})".format(**by[metric])
-                    if metric in (by := taus.get(name, {}))
+                    if metric in (by := taus[name])
                     else "-"
                     for metric in READ_BY
                 ),
@@ -420,22 +408,22 @@ def show_parts(parts: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--blocks", type=int, default=3)
-    made.add_argument("--policies", type=int, default=8, help="per block")
     options = made.parse_args()
     torch.set_num_threads(1)
     network = published(options.data, "resnet56")
     plan = trace(network)
     calibration, validation = the_images(options.data)
     workloads = prepared(network, plan, calibration, validation)
-    policies = random_policies(plan.table, options.blocks * options.policies)
+    policies, truth = policies_and_truth("resnet56")
+    blocks = [policies[index :: options.blocks] for index in range(options.blocks)]
     arguments = (options.data, calibration, validation)
-    rates = in_turns(workloads, plan.table, policies, options.blocks, arguments)
+    rates, found = in_turns(workloads, plan.table, blocks, arguments)
     ratios = {
         name: [ours / theirs for ours, theirs in zip(r, rates[RIVAL], strict=True)]
         for name, r in rates.items()
     }
-    taus = fidelity()
-    title = f"{PROCESSES} processes, {options.blocks} blocks of {options.policies} policies"
+    taus = {name: fidelity(found[name], policies, truth) for name in rates}
+    title = f"{PROCESSES} processes, {options.blocks} blocks of {len(blocks[0])} policies"
     show_rates(rates, ratios, taus, f"ResNet-56, {title}")
     parts = {name: where_time_goes(w, policies[:6]) for name, w in workloads.items()}
     show_parts(parts)
