@@ -1,0 +1,111 @@
+"""What tests of groups and of cutting share."""
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from evosearch.networks import BUILT_IN, Network, NetworkSpec, load_network
+from evosearch.pruning.cutting import CuttingPlan
+from evosearch.pruning.groups import trace
+from evosearch.pruning.table import GroupTable
+
+Keep = NDArray[np.bool_]
+Traced = tuple[Network, CuttingPlan]
+
+SMALL = {"input_shape": (3, 64, 64)}
+SPECS: dict[str, NetworkSpec] = {name: NetworkSpec(name=name) for name in BUILT_IN} | {
+    "resnet18": NetworkSpec(name="resnet18", **SMALL),
+    "mobilenet_v2": NetworkSpec(name="mobilenet_v2", **SMALL),
+    "mobilenet_v3_small": NetworkSpec(name="mobilenet_v3_small", **SMALL),
+    "densenet121": NetworkSpec(name="densenet121", **SMALL),
+    "vgg11_bn": NetworkSpec(name="vgg11_bn", input_shape=(3, 32, 32)),
+}
+FIXED_STREAM = "it covers 16 of the 32 output channels of layer2.0.conv2"
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """Batch norms with statistics and scales that differ from channel to channel."""
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, 0, 0.1)
+            nn.init.normal_(layer.running_mean, 0, 0.1)
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)
+    return module
+
+
+def traced_anew(name: str) -> Traced:
+    torch.manual_seed(0)
+    network = load_network(SPECS[name])
+    shaken(network.module)
+    return network, trace(network)
+
+
+# For those who leave network and plan as they are.
+traced_once = cache(traced_anew)
+
+
+def choose(table: GroupTable, counts: NDArray[np.int64], seed: int) -> Keep:
+    """Keeps `counts` channels of each group, any of them."""
+    rng = np.random.default_rng(seed)
+    keep = np.ones(int(table.channels.sum()) + 1, dtype=np.bool_)
+    for offset, channels, count in zip(table.offsets, table.channels, counts, strict=True):
+        keep[offset + rng.permutation(channels)[count:]] = False
+    return keep
+
+
+def random_counts(table: GroupTable, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(1, table.channels + 1)
+
+
+def counted_macs(network: Network, module: nn.Module) -> int:
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        module(network.example(1))
+    return counter.get_total_flops() // 2
+
+
+def ignoring(module: nn.Module, plan: CuttingPlan, keep: Keep) -> nn.Module:
+    """The dense network in float64, its consumers blind to the removed channels."""
+    blind = copy.deepcopy(module).double()
+    layers = dict(blind.named_modules())
+
+    def hook(seen: Tensor) -> Callable[..., tuple[Tensor]]:
+        def apply(_layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            shape = (-1, 1, 1) if inputs[0].ndim == 4 else (-1,)
+            return (inputs[0] * seen.view(shape),)
+
+        return apply
+
+    for entry in plan.cuts:
+        if entry.in_axis is not None:
+            seen = torch.from_numpy(keep[plan.table.axes[entry.in_axis].sources])
+            layers[entry.name].register_forward_pre_hook(hook(seen))
+    return blind
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Weights and statistics; the counters of batch norm have no part in what it computes."""
+    return {k: v.clone() for k, v in module.state_dict().items() if v.is_floating_point()}
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    yield from (p for p in module.parameters())
+    yield from (b for b in module.buffers() if b.is_floating_point())
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def reasons(plan: CuttingPlan) -> dict[str, str]:
+    return {group.name: group.reason for group in plan.table.fixed}
+
+
+def names(plan: CuttingPlan) -> list[str]:
+    return [group.name for group in plan.table.groups]
