@@ -1,116 +1,51 @@
 """Criteria that look at distances, feature maps and gradients, against slow computations."""
 
-from collections.abc import Callable, Iterator
-from importlib.metadata import EntryPoint
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from evosearch.errors import ConfigError, NetworkError
-from evosearch.networks import InputSpec, Network, NetworkSpec, load_network
+from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.pruning.criteria import (
     COUPLINGS,
     CRITERIA,
-    Criterion,
     GroupView,
     Samples,
     applicable_criteria,
     channel_order,
     channel_scores,
-    criterion_named,
-    registry,
 )
 from evosearch.pruning.criteria.evidence import LABELLED, collect
 from evosearch.pruning.criteria.maps import LOOKS
 from evosearch.pruning.criteria.weights import geometric_median
-from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.groups import trace
 from evosearch.pruning.table import Group
-
-
-class Small(nn.Module):
-    """Convolution a with norm and ReLU, convolution b flattened into the hidden layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.b = nn.Conv2d(6, 5, 3, stride=2, padding=1)
-        self.hidden = nn.Linear(5 * 9, 20)
-        self.fc = nn.Linear(20, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.a(x)))
-        x = F.relu(self.b(x))
-        logits: Tensor = self.fc(F.relu(self.hidden(x.flatten(1))))
-        return logits
-
-
-class Stream(nn.Module):
-    """A residual stream, written by two convolutions with norms and read by two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.stem_norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.inner, self.inner_norm = nn.Conv2d(8, 7, 3, padding=1), nn.BatchNorm2d(7)
-        self.outer, self.outer_norm = nn.Conv2d(7, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem_norm(self.stem(x)))
-        y = self.outer_norm(self.outer(F.relu(self.inner_norm(self.inner(x)))))
-        logits: Tensor = self.fc(F.relu(x + y).mean((2, 3)))
-        return logits
-
-
-Traced = tuple[Network, CuttingPlan]
-
-
-def own(module: nn.Module) -> Traced:
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            nn.init.uniform_(part.weight, 0.5, 1.5)
-            nn.init.normal_(part.bias)
-    network = Network(
-        spec=NetworkSpec(name="own"),
-        module=module.eval(),
-        input=InputSpec(shape=(3, 6, 6), mean=(0.0,) * 3, std=(1.0,) * 3),
-    )
-    return network, trace(network)
+from tests.unit.small_networks import (
+    Small,
+    Stream,
+    Traced,
+    own,
+    part,
+    samples_of,
+    scores_of,
+    uneven,
+)
 
 
 @pytest.fixture
 def small() -> Traced:
     torch.manual_seed(0)
-    return own(Small())
+    return own(uneven(Small()))
 
 
 @pytest.fixture
 def stream() -> Traced:
     torch.manual_seed(0)
-    return own(Stream())
-
-
-def samples_of(network: Network, n: int = 40, **options: Any) -> Samples:
-    images = network.example(n)
-    options.setdefault("labels", torch.arange(n) % 10)
-    return Samples(batches=list(images.split(24)), **options)
-
-
-def scores_of(traced: Traced, criterion: str, **options: Any) -> np.ndarray[Any, Any]:
-    network, plan = traced
-    samples = options.pop("samples", None) or samples_of(network)
-    return channel_scores(network.module, plan, [criterion], samples, **options)[0]
-
-
-def part(traced: Traced, name: str, scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    table = traced[1].table
-    index = [group.name for group in table.groups].index(name)
-    return scores[table.offsets[index] :][: table.channels[index]]
+    return own(uneven(Stream()))
 
 
 # --- the Fermat point
@@ -390,7 +325,7 @@ def test_scores_do_not_depend_on_what_else_is_asked(stream: Traced, criterion: s
 @pytest.mark.parametrize("criterion", [n for n, c in CRITERIA.items() if not c.control])
 def test_permuted_channels_have_permuted_scores(criterion: str) -> None:
     torch.manual_seed(0)
-    network, plan = own(Stream())
+    network, plan = own(uneven(Stream()))
     module = network.module
     before = part((network, plan), "inner", scores_of((network, plan), criterion))
     order = torch.tensor([3, 1, 6, 0, 2, 5, 4])
@@ -476,108 +411,6 @@ def test_there_are_more_than_twelve_and_all_say_where_they_come_from() -> None:
     assert len(CRITERIA) >= 12
     for name, criterion in CRITERIA.items():
         assert criterion.score.__doc__, name
-
-
-# --- own criteria
-
-OWN = """
-from evosearch.pruning.criteria import Criterion
-
-def loudest(view):
-    "Largest weight of the filter."
-    return view.producers[0].abs().amax(dim=1)
-
-def short(view):
-    return [1.0]
-
-def broken(view):
-    raise KeyError("lost")
-
-def hungry(view):
-    return view.seen("pooled")[0].mean(dim=0)
-
-fed = Criterion(title="fed", score=hungry, needs=("pooled",))
-number = 3
-"""
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> str:
-    path = tmp_path / "mine.py"
-    path.write_text(OWN)
-    return str(path)
-
-
-def test_own_criterion_by_file(small: Traced, file: str) -> None:
-    found = scores_of(small, f"{file}:loudest")
-    wanted = small[0].module.a.weight.abs().amax((1, 2, 3)).detach()
-    np.testing.assert_allclose(part(small, "a", found), wanted)
-    assert criterion_named(f"{file}:loudest").title == "Largest weight of the filter."
-
-
-def test_own_criterion_may_say_what_it_needs(small: Traced, file: str) -> None:
-    assert scores_of(small, f"{file}:fed").shape == (6 + 5 + 20,)
-    with pytest.raises(ConfigError, match=r"group a: there is no 'pooled'.* name it in its needs"):
-        scores_of(small, f"{file}:hungry")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("short", "criterion .*:short, group a: it must give 6 scores, got shape"),
-        ("broken", r"criterion .*:broken, group a: computing it failed with KeyError\('lost'\)"),
-    ],
-)
-def test_own_criterion_that_fails_is_named_with_its_group(
-    small: Traced, file: str, name: str, message: str
-) -> None:
-    with pytest.raises(NetworkError, match=message):
-        scores_of(small, f"{file}:{name}")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("{file}:nothing", "importing it failed with AttributeError"),
-        ("{file}:number", "is no function, but a int"),
-        ("no/such.py:f", "file no/such.py does not exist"),
-        ("no_such_module:f", "importing it failed with ModuleNotFoundError"),
-    ],
-)
-def test_own_criterion_that_cannot_be_had_is_refused(file: str, name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        criterion_named(name.format(file=file))
-
-
-def test_criterion_cannot_need_what_nobody_collects() -> None:
-    with pytest.raises(ConfigError, match="cannot need 'luck'; there are active, excitation"):
-        Criterion(title="lucky", score=CRITERIA["l1"].score, needs=("luck",))
-
-
-@pytest.fixture
-def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    def points(**values: str) -> None:
-        found = [
-            EntryPoint(n.replace("_", "-"), v, "evosearch.criteria") for n, v in values.items()
-        ]
-        monkeypatch.setattr(registry, "entry_points", lambda group: found)
-        registry.known_criteria.cache_clear()
-
-    yield points
-    registry.known_criteria.cache_clear()
-
-
-def test_criterion_by_entry_point(small: Traced, register: Callable[..., None]) -> None:
-    register(theirs="evosearch.pruning.criteria.weights:l2")
-    np.testing.assert_array_equal(scores_of(small, "theirs"), scores_of(small, "l2"))
-
-
-def test_criterion_registered_under_a_name_of_ours_is_refused(
-    register: Callable[..., None],
-) -> None:
-    register(l1="somewhere:else")
-    with pytest.raises(ConfigError, match="'l1' of somewhere:else is registered by evosearch"):
-        criterion_named("theirs")
 
 
 # --- views without evidence
