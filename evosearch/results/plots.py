@@ -149,6 +149,8 @@ def plot_correlations(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # The name of a criterion from a file begins with its path, which may be wider than the picture.
+    labels = [name.rpartition("/")[2] for name in names]
     side = 1.8 + 0.38 * len(names)
     figure = Figure(figsize=(side * len(panels) + 0.8, side), layout="constrained")
     FigureCanvasAgg(figure)
@@ -156,8 +158,8 @@ def plot_correlations(
         axes = figure.add_subplot(1, len(panels), number + 1)
         image = axes.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
         axes.set_title(title)
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names if number == 0 else [])
+        axes.set_xticks(range(len(labels)), labels, rotation=90)
+        axes.set_yticks(range(len(labels)), labels if number == 0 else [])
         for row, column in np.ndindex(values.shape):
             value = round(float(values[row, column]), 1) + 0.0  # no minus before zero
             color = "white" if abs(value) > 0.6 else "black"
