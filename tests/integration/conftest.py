@@ -1,15 +1,18 @@
 """How integration tests run evosearch: as a user does, through the command line."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from evosearch import cli as commands
 from evosearch.ledger import Ledger
 from evosearch.measurement import Terms
 from evosearch.search import SEARCH
@@ -66,9 +69,19 @@ class Cli:
         """Runs a command to its end and checks its exit code."""
         process = self.start(*arguments, script=script)
         out, err = process.communicate(timeout=300)
-        assert process.returncode == code, f"{arguments}: {process.returncode}\n{out}\n{err}"
-        assert "Traceback" not in err
-        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+        return _checked(arguments, process.returncode, code, out, err)
+
+    def here(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """As `run`, but in this process, since starting another takes longer than most commands.
+
+        Not for what is stopped, nor for what goes on after it: there, processes matter.
+        """
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, chdir(self.folder):
+            patch.setattr(sys, "argv", ["evosearch", *arguments])
+            with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+                commands.main()
+        return _checked(arguments, int(ended.value.code or 0), code, out.getvalue(), err.getvalue())
 
     def wait_for(self, process: subprocess.Popen[str], run: Path, measurements: int) -> None:
         """Returns when a run's ledger holds so many measurements."""
@@ -94,6 +107,14 @@ class Cli:
             process.communicate()
 
 
+def _checked(
+    arguments: tuple[str, ...], found: int, wanted: int, out: str, err: str
+) -> subprocess.CompletedProcess[str]:
+    assert found == wanted, f"{arguments}: {found}\n{out}\n{err}"
+    assert "Traceback" not in err
+    return subprocess.CompletedProcess(arguments, found, out, err)
+
+
 @pytest.fixture
 def cli(tmp_path: Path) -> Iterator[Cli]:
     runner = Cli(tmp_path)
@@ -111,3 +132,17 @@ def recipe(tmp_path: Path) -> Callable[..., str]:
         return path.name
 
     return write
+
+
+@pytest.fixture
+def refused(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs a command that ends with exit code 2, and returns the sentence that it says."""
+    monkeypatch.chdir(cli.folder)
+
+    def run(*arguments: str, code: int = 2) -> str:
+        said = cli.here(*arguments, code=code).stderr
+        sentence = "\n".join(line for line in said.splitlines() if not line.startswith("["))
+        assert 1 <= len(sentence.splitlines()) <= 2, said
+        return sentence
+
+    return run

@@ -9,31 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from evosearch import cli as commands
 from evosearch.ledger import SCHEMA_VERSION, RunLock
 from tests.integration.conftest import Cli
-
-
-@pytest.fixture
-def refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
-    """Runs a command in this process; returns what it says when it ends with exit code 2."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str, code: int = 2) -> str:
-        monkeypatch.setattr("sys.argv", ["evosearch", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            commands.main()
-        said = capsys.readouterr().err
-        assert ended.value.code == code, said
-        sentence = "\n".join(line for line in said.splitlines() if not line.startswith("["))
-        assert "Traceback" not in said
-        assert 1 <= len(sentence.splitlines()) <= 2, said
-        return sentence
-
-    return run
-
 
 SETTINGS = [
     ("search.populaton=3", r"search.populaton: unknown key; did you mean 'population'"),
@@ -123,7 +100,7 @@ def test_weights_of_another_network_name_the_keys(
 @pytest.fixture
 def run(cli: Cli, recipe: Callable[..., str]) -> Path:
     """A finished run of a few evaluations."""
-    cli.run("launch", recipe(), "--out", "run", "--evaluations", "8", "--set", "search.baseline=0")
+    cli.here("launch", recipe(), "--out", "run", "--evaluations", "8", "--set", "search.baseline=0")
     return cli.folder / "run"
 
 
@@ -179,7 +156,7 @@ def test_changed_weights_are_not_mixed_in(
     network = Tiny()
     torch.save(network.state_dict(), tmp_path / "tiny.pt")
     options = ("--evaluations", "4", "--set", "network.weights=tiny.pt")
-    cli.run("launch", recipe(), "--out", "run", "--set", "search.baseline=0", *options)
+    cli.here("launch", recipe(), "--out", "run", "--set", "search.baseline=0", *options)
     torch.save({k: v + 1 for k, v in network.state_dict().items()}, tmp_path / "tiny.pt")
     assert "the network's weights changed since run" in refused(
         "resume", "run", "--evaluations", "9"

@@ -11,9 +11,6 @@ import torch
 
 import evosearch
 from tests.integration.conftest import Cli
-from tests.integration.test_bad_input import refused
-
-__all__ = ["refused"]
 
 Refused = Callable[..., str]
 
@@ -46,11 +43,11 @@ def blend(tmp_path: Path, recipe: Callable[..., str]) -> str:
 def test_search_of_blends_that_was_continued_exports_what_one_in_a_row_does(
     cli: Cli, blend: str
 ) -> None:
-    cli.run("launch", blend, "--out", "one", "--evaluations", "30")
-    cli.run("launch", blend, "--out", "two", "--evaluations", "9")
+    cli.here("launch", blend, "--out", "one", "--evaluations", "30")
+    cli.here("launch", blend, "--out", "two", "--evaluations", "9")
     cli.run("resume", "two", "--evaluations", "30")
     for run in ("one", "two"):
-        cli.run("export", run, f"{run}.csv")
+        cli.here("export", run, f"{run}.csv")
     assert (cli.folder / "one.csv").read_bytes() == (cli.folder / "two.csv").read_bytes()
     table = pd.read_csv(cli.folder / "one.csv", keep_default_na=False)
     told = {text for name in table for text in table[name] if name.startswith("blend:")}
@@ -58,24 +55,24 @@ def test_search_of_blends_that_was_continued_exports_what_one_in_a_row_does(
 
 
 def test_network_of_a_blend_is_exported_and_loads(cli: Cli, blend: str) -> None:
-    cli.run("launch", blend, "--out", "run", "--evaluations", "12")
-    cli.run("export", "run", "all.json", "--all")
+    cli.here("launch", blend, "--out", "run", "--evaluations", "12")
+    cli.here("export", "run", "all.json", "--all")
     rows = json.loads((cli.folder / "all.json").read_text())
     blended = next(r for r in rows if any(v and k.startswith("blend:") for k, v in r.items()))
-    cli.run("export", "run", "small.safetensors", "--policy", blended["policy"])
+    cli.here("export", "run", "small.safetensors", "--policy", blended["policy"])
     network = evosearch.load_pruned(cli.folder / "small.safetensors")
     assert network.features[0].out_channels == blended["keep:features.0"]
     assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
 def test_clusters_that_changed_end_a_resume(cli: Cli, blend: str) -> None:
-    cli.run("launch", blend, "--out", "run", "--evaluations", "4", "--set", "search.baseline=0")
+    cli.here("launch", blend, "--out", "run", "--evaluations", "4", "--set", "search.baseline=0")
     with sqlite3.connect(cli.folder / "run" / "ledger.sqlite") as db:
         ((text,),) = db.execute("SELECT value FROM meta WHERE key = 'criteria'").fetchall()
         facts = json.loads(text)
         facts["clusters"][0] = [facts["names"]]
         db.execute("UPDATE meta SET value = ? WHERE key = 'criteria'", (json.dumps(facts),))
-    said = cli.run("resume", "run", code=2).stderr
+    said = cli.here("resume", "run", code=2).stderr
     assert "clusters of criteria changed since run was launched" in said
 
 
@@ -85,13 +82,13 @@ def test_criteria_shows_clusters_and_draws_them(cli: Cli, blend: str) -> None:
     assert "features.3 (16 channels)" in told
     assert "mine.py:first" in told
     assert (cli.folder / "all.png").stat().st_size > 5000
-    record = json.loads(cli.run("criteria", blend, "--json", "--group", "features.3").stdout)
+    record = json.loads(cli.here("criteria", blend, "--json", "--group", "features.3").stdout)
     assert [group["name"] for group in record["groups"]] == ["features.3"]
     n = len(record["criteria"])
     assert n == 5
     for matrix in (record["spearman"], record["groups"][0]["spearman"]):
         assert [len(row) for row in matrix] == [n] * n
-    cli.run("criteria", blend, "--png", "one.png", "--group", "features.3")
+    cli.here("criteria", blend, "--png", "one.png", "--group", "features.3")
     assert (cli.folder / "one.png").stat().st_size > (cli.folder / "all.png").stat().st_size
 
 
@@ -104,10 +101,10 @@ def test_criteria_leaves_out_what_does_not_apply(cli: Cli, tmp_path: Path) -> No
     (tmp_path / "bare.toml").write_text(
         '[network]\nname = "bare.py:make"\n[data]\ncalibration = 64\nvalidation = 64\n'
     )
-    told = cli.run("criteria", "bare.toml").stdout
+    told = cli.here("criteria", "bare.toml").stdout
     assert "bn-scale is left out: group 0 has no batch norm" in told
     assert "random" not in told
-    said = cli.run(
+    said = cli.here(
         *("launch", "bare.toml", "--workers", "0"),
         *("--set", "space.name=criterion-blend", "--set", "space.criteria=['l1', 'bn-taylor']"),
         code=2,

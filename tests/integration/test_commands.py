@@ -22,13 +22,14 @@ COMMANDS = [
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_instant_and_has_an_example(command: str) -> None:
     arguments = [sys.executable, "-m", "evosearch", *([command] if command else []), "--help"]
-    spent = []
-    for _ in range(5):
+    # The best of ten, if it must be: what other processes take meanwhile is not ours.
+    for _ in range(10):
         start = time.perf_counter()
         out = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
-        spent.append(time.perf_counter() - start)
-    # The best of five: what other processes take meanwhile is not ours.
-    assert min(spent) < 0.5
+        spent = time.perf_counter() - start
+        if spent < 0.5:
+            break
+    assert spent < 0.5
     assert not command or f"Example: evosearch {command}" in out
 
 
@@ -46,11 +47,12 @@ def test_help_is_instant_and_has_an_example(command: str) -> None:
     ],
 )
 def test_list_names_what_a_recipe_can_name(cli: Cli, what: str, name: str) -> None:
-    assert name in cli.run("list", what).stdout
+    assert name in cli.here("list", what).stdout
 
 
 def test_quickstart_ends_with_front_hypervolumes_and_files(cli: Cli) -> None:
-    said = cli.run("launch", "quickstart", "--workers", "0", "--evaluations", "9").stdout
+    options = ("--workers", "0", "--evaluations", "9", "--set", "search.baseline=6")
+    said = cli.run("launch", "quickstart", *options).stdout
     assert "Pareto front" in said
     assert "hypervolume" in said
     assert "uniform baseline" in said
@@ -62,7 +64,7 @@ def test_quickstart_ends_with_front_hypervolumes_and_files(cli: Cli) -> None:
 def test_a_recipe_can_be_launched_again_beside_itself(cli: Cli, recipe: Callable[..., str]) -> None:
     options = ("--evaluations", "4", "--set", "search.baseline=0")
     for _ in range(2):
-        cli.run("launch", recipe(), *options)
+        cli.here("launch", recipe(), *options)
     assert (cli.folder / "runs" / "tiny-2" / "ledger.sqlite").exists()
     # What a run wrote down is a recipe that gives the same run.
     cli.run("launch", "runs/tiny/recipe.toml", "--out", "copy", *options)
@@ -72,7 +74,7 @@ def test_a_recipe_can_be_launched_again_beside_itself(cli: Cli, recipe: Callable
 
 def test_the_front_shows_what_was_minimised(cli: Cli, recipe: Callable[..., str]) -> None:
     changes = ("--set", 'search.objectives=["distortion","macs"]', "--set", "search.baseline=0")
-    said = cli.run("launch", recipe(), "--evaluations", "4", *changes).stdout
+    said = cli.here("launch", recipe(), "--evaluations", "4", *changes).stdout
     heading = next(line for line in said.splitlines() if "top-1" in line)
     assert "distortion" in heading
     assert "divergence" not in heading
@@ -80,7 +82,7 @@ def test_the_front_shows_what_was_minimised(cli: Cli, recipe: Callable[..., str]
 
 @pytest.fixture
 def run(cli: Cli, recipe: Callable[..., str]) -> Path:
-    cli.run("launch", recipe(), "--out", "run", "--evaluations", "20")
+    cli.here("launch", recipe(), "--out", "run", "--evaluations", "20")
     return cli.folder / "run"
 
 
@@ -90,7 +92,7 @@ def test_a_finished_run_can_be_looked_at(cli: Cli, run: Path) -> None:
     assert facts["evaluations"] == 20
     assert facts["by_status"] == {"ok": 20}
     for suffix in ("csv", "json", "parquet"):
-        cli.run("export", "run", f"all.{suffix}", "--all")
+        cli.here("export", "run", f"all.{suffix}", "--all")
     tables = [
         pd.read_csv(cli.folder / "all.csv"),
         pd.DataFrame(json.loads((cli.folder / "all.json").read_text())),
@@ -105,7 +107,7 @@ def test_a_finished_run_can_be_looked_at(cli: Cli, run: Path) -> None:
 
 
 def test_an_exported_network_loads_and_does_what_was_measured(cli: Cli, run: Path) -> None:
-    cli.run("export", "run", "all.csv", "--all")
+    cli.here("export", "run", "all.csv", "--all")
     rows = pd.read_csv(cli.folder / "all.csv")
     row = rows[rows.macs < 0.6].iloc[0]
     said = cli.run("export", "run", "small.safetensors", "--policy", row.policy[:8]).stdout
@@ -129,7 +131,7 @@ def test_an_exported_network_loads_and_does_what_was_measured(cli: Cli, run: Pat
     assert error == pytest.approx(row.error, abs=1e-9)
 
     more = ("--policy", row.policy[:8], "--calibration", "600")
-    said = cli.run("export", "run", "better.safetensors", *more).stdout
+    said = cli.here("export", "run", "better.safetensors", *more).stdout
     assert f"({1 - row.error:.2%} as it was measured in the search)" in said
     better = evosearch.load_pruned(cli.folder / "better.safetensors")
     pairs = zip(network.state_dict().values(), better.state_dict().values(), strict=True)
@@ -138,9 +140,9 @@ def test_an_exported_network_loads_and_does_what_was_measured(cli: Cli, run: Pat
         outputs = better(load_network(spec).normalise(images.pixels))
     found = float((outputs.argmax(1).numpy() == images.labels).mean())
     assert f"validation top-1 {found:.2%}" in said
-    refused = cli.run("export", "run", "f.csv", "--calibration", "64", code=2).stderr
+    refused = cli.here("export", "run", "f.csv", "--calibration", "64", code=2).stderr
     assert "FILE must end with .safetensors" in refused
-    refused = cli.run("export", "run", "f.safetensors", *more[:3], "9999999", code=2).stderr
+    refused = cli.here("export", "run", "f.safetensors", *more[:3], "9999999", code=2).stderr
     assert "--calibration 9999999: data.calibration = 9999999" in refused
 
 
@@ -153,7 +155,7 @@ def test_profile_predicts_before_anything_is_searched(cli: Cli, recipe: Callable
 
 
 def test_a_run_can_start_from_another_one(cli: Cli, recipe: Callable[..., str], run: Path) -> None:
-    cli.run(
+    cli.here(
         "launch",
         recipe(),
         "--out",
@@ -179,7 +181,7 @@ def test_training_can_be_killed_and_continued(cli: Cli) -> None:
     options = ["--epochs", "3", "--batch-size", "100", "--seed", "1"]
     network = f"{Path(__file__).with_name('tiny.py')}:Tiny"
     data = ["train", network, "cifar10-sample", *options]
-    cli.run(*data, "--out", "whole.safetensors")
+    cli.here(*data, "--out", "whole.safetensors")
     process = cli.start(*data, "--out", "killed.safetensors")
     checkpoint = cli.folder / "killed.checkpoint.pt"
     while process.poll() is None and not checkpoint.exists():

@@ -60,10 +60,10 @@ def test_a_study_ends_with_a_table_and_continues_where_it_ended(
 
     # Nothing is done twice: the journal only grows by what is new.
     journal = (cli.folder / "study" / "fidelity.jsonl").read_text()
-    assert cli.run(*study(recipe())).stdout == said
+    assert cli.here(*study(recipe())).stdout == said
     assert (cli.folder / "study" / "fidelity.jsonl").read_text() == journal
 
-    refused = cli.run(*study(recipe(), truth="finetune:lr=0.5"), code=2).stderr
+    refused = cli.here(*study(recipe(), truth="finetune:lr=0.5"), code=2).stderr
     assert "truth.batch = 64, now it is 128; name another --out" in refused
 
 
@@ -98,7 +98,7 @@ def test_a_killed_study_loses_at_most_what_was_in_flight(
     cli: Cli, recipe: Callable[..., str]
 ) -> None:
     whole, killed = study(recipe(), out="whole"), study(recipe(), out="killed")
-    cli.run(*whole, "--policies", "8")
+    cli.here(*whole, "--policies", "8")
     path = cli.folder / "killed" / "fidelity.jsonl"
     for wanted in ('"kind":"score"', '"kind":"truth"'):
         process = cli.start(*killed)
@@ -133,7 +133,7 @@ def test_interrupted_study_exits_130_and_continues(cli: Cli, recipe: Callable[..
 
 
 def test_a_run_adds_its_own_policies(cli: Cli, recipe: Callable[..., str]) -> None:
-    cli.run("launch", recipe(), "--out", "run", "--evaluations", "24")
+    cli.here("launch", recipe(), "--out", "run", "--evaluations", "24")
     said = cli.run(
         *study("run", "--truth-on", "held-out", truth=f"{TRUTH},seeds=2", out="run/fidelity")
     ).stdout
@@ -154,6 +154,6 @@ def test_mistakes_are_told_before_anything_is_measured(
         (["--truth", "finetune:fraction=0.01"], "fewer than one batch of 128"),
         (["--proxy-variant", "x:proxy.name=magic"], "no proxy 'magic'"),
     ):
-        assert told in cli.run("fidelity", name, "--out", "out", *options, code=2).stderr
+        assert told in cli.here("fidelity", name, "--out", "out", *options, code=2).stderr
     journal = cli.folder / "out" / "fidelity.jsonl"
     assert not journal.exists() or '"score"' not in journal.read_text()

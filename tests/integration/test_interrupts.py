@@ -24,14 +24,14 @@ def test_first_interrupt_records_and_exits_130(cli: Cli, recipe: Callable[..., s
 
 
 def test_interrupted_search_resumes_to_the_same_end(cli: Cli, recipe: Callable[..., str]) -> None:
-    cli.run("launch", recipe(), "--out", "whole")
+    cli.here("launch", recipe(), "--out", "whole")
     process = cli.start("launch", recipe(), "--out", "stopped")
     cli.wait_for(process, cli.folder / "stopped", 7)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     cli.run("resume", "stopped")
     for run in ("whole", "stopped"):
-        cli.run("export", run, f"{run}.csv")
+        cli.here("export", run, f"{run}.csv")
     whole, stopped = ((cli.folder / f"{run}.csv").read_bytes() for run in ("whole", "stopped"))
     assert whole == stopped
 
@@ -66,7 +66,7 @@ def test_sigterm_finishes_what_is_in_flight_on_ray(cli: Cli, recipe: Callable[..
 def test_interrupt_with_workers_resumes_to_the_same_end(
     cli: Cli, recipe: Callable[..., str]
 ) -> None:
-    cli.run("launch", recipe(), "--out", "whole")
+    cli.here("launch", recipe(), "--out", "whole")
     process = cli.start("launch", recipe(), "--out", "stopped", "--workers", "2")
     cli.wait_for(process, cli.folder / "stopped", 7)
     # As a terminal does: to the whole process group.
@@ -76,6 +76,6 @@ def test_interrupt_with_workers_resumes_to_the_same_end(
     assert "Traceback" not in err
     cli.run("resume", "stopped")
     for run in ("whole", "stopped"):
-        cli.run("export", run, f"{run}.csv")
+        cli.here("export", run, f"{run}.csv")
     whole, stopped = ((cli.folder / f"{run}.csv").read_bytes() for run in ("whole", "stopped"))
     assert whole == stopped

@@ -51,7 +51,9 @@ def landed(run: Path) -> list[tuple[str, str, float]]:
 def check(cli: Cli, recipe: str, options: list[str], name: str) -> None:
     """Searches twice, kills one at a random moment, resumes it, compares the exports."""
     whole, killed = cli.folder / f"{name}-whole", cli.folder / f"{name}-killed"
-    cli.run("launch", recipe, "--out", str(whole), *options)
+    # Ray stays out of the process of the tests.
+    launch = cli.run if "--workers" in options else cli.here
+    launch("launch", recipe, "--out", str(whole), *options)
     process = cli.start("launch", recipe, "--out", str(killed), *options)
     moment = random.Random(os.urandom(8)).randint(1, 25)
     cli.wait_for(process, killed, moment)
@@ -60,8 +62,8 @@ def check(cli: Cli, recipe: str, options: list[str], name: str) -> None:
     cli.run("resume", str(killed))
     assert landed(killed)[: len(before)] == before, f"killed after {moment}"
     for run in (whole, killed):
-        cli.run("export", str(run), f"{run}.csv")
-        cli.run("export", str(run), f"{run}-all.csv", "--all")
+        cli.here("export", str(run), f"{run}.csv")
+        cli.here("export", str(run), f"{run}-all.csv", "--all")
     first, second = (Path(f"{run}.csv").read_bytes() for run in (whole, killed))
     assert first == second, f"killed after {moment}"
     everything = [pd.read_csv(f"{run}-all.csv").drop(columns="seconds") for run in (whole, killed)]
@@ -86,9 +88,9 @@ def test_killed_search_with_races_ends_as_if_never_killed(
     assert len(lost) > 0
     assert (lost["images"] < 1000).all()
     assert not lost["on_front"].any()
-    assert "dropped early" in cli.run("resume", str(cli.folder / "races-whole")).stdout
+    assert "dropped early" in cli.here("resume", str(cli.folder / "races-whole")).stdout
     policy = str(lost["policy"].iloc[0])
-    refused = cli.run(
+    refused = cli.here(
         "export", str(cli.folder / "races-whole"), "net.safetensors", "--policy", policy, code=2
     )
     assert "was dropped: worse than" in refused.stderr
@@ -102,10 +104,10 @@ def test_killed_search_on_ray_ends_as_if_never_killed(cli: Cli, recipe: Callable
 def test_larger_budget_later_is_a_larger_budget_at_once(
     cli: Cli, recipe: Callable[..., str]
 ) -> None:
-    cli.run("launch", recipe(), "--out", "whole", "--evaluations", "30")
-    cli.run("launch", recipe(), "--out", "grown", "--evaluations", "13")
+    cli.here("launch", recipe(), "--out", "whole", "--evaluations", "30")
+    cli.here("launch", recipe(), "--out", "grown", "--evaluations", "13")
     cli.run("resume", "grown", "--evaluations", "30")
     for run in ("whole", "grown"):
-        cli.run("export", run, f"{run}.csv")
+        cli.here("export", run, f"{run}.csv")
     whole, grown = ((cli.folder / f"{run}.csv").read_bytes() for run in ("whole", "grown"))
     assert whole == grown
