@@ -1,11 +1,8 @@
 """Ctrl-C loses nothing: once finishes what is in flight, twice stops now."""
 
-import os
 import signal
 import time
 from collections.abc import Callable
-
-import pytest
 
 from tests.integration.conftest import Cli
 
@@ -48,34 +45,3 @@ def test_second_interrupt_stops_now(cli: Cli, recipe: Callable[..., str]) -> Non
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-
-
-@pytest.mark.ray
-def test_sigterm_finishes_what_is_in_flight_on_ray(cli: Cli, recipe: Callable[..., str]) -> None:
-    options = ("--workers", "1", "--evaluations", "400")
-    process = cli.start("launch", recipe(), "--out", "run", *options)
-    cli.wait_for(process, cli.folder / "run", 3)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "evosearch resume run" in err
-    assert '"state": "interrupted"' in cli.run("status", "run", "--json").stdout
-
-
-@pytest.mark.ray
-def test_interrupt_with_workers_resumes_to_the_same_end(
-    cli: Cli, recipe: Callable[..., str]
-) -> None:
-    cli.here("launch", recipe(), "--out", "whole")
-    process = cli.start("launch", recipe(), "--out", "stopped", "--workers", "2")
-    cli.wait_for(process, cli.folder / "stopped", 7)
-    # As a terminal does: to the whole process group.
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    cli.run("resume", "stopped")
-    for run in ("whole", "stopped"):
-        cli.here("export", run, f"{run}.csv")
-    whole, stopped = ((cli.folder / f"{run}.csv").read_bytes() for run in ("whole", "stopped"))
-    assert whole == stopped

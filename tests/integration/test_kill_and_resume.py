@@ -96,11 +96,6 @@ def test_killed_search_with_races_ends_as_if_never_killed(
     assert "was dropped: worse than" in refused.stderr
 
 
-@pytest.mark.ray
-def test_killed_search_on_ray_ends_as_if_never_killed(cli: Cli, recipe: Callable[..., str]) -> None:
-    check(cli, recipe(), ["--workers", "2"], "ray")
-
-
 def test_larger_budget_later_is_a_larger_budget_at_once(
     cli: Cli, recipe: Callable[..., str]
 ) -> None:

@@ -1,6 +1,11 @@
-"""Where scoring runs is a detail; what goes wrong there is a measurement."""
+"""Where scoring runs is a detail; what goes wrong there is a measurement.
 
+All tests that start Ray are in this file, so that no two of them run at the same time.
+"""
+
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +19,7 @@ import pytest
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement, Status
 from tests.integration.conftest import TINY, Cli
+from tests.integration.test_kill_and_resume import check
 
 pytestmark = pytest.mark.ray
 
@@ -104,3 +110,36 @@ def test_a_module_in_the_working_directory_is_found_also_by_workers(
     options = ("--evaluations", "6", "--set", "network.name=my_own_net:Tiny", "--workers", "1")
     cli.run("launch", recipe(), "--out", "run", *options, script=True)
     assert all(m.ok for m in measured(cli.folder / "run").values())
+
+
+def test_sigterm_finishes_what_is_in_flight_on_ray(cli: Cli, recipe: Callable[..., str]) -> None:
+    options = ("--workers", "1", "--evaluations", "400")
+    process = cli.start("launch", recipe(), "--out", "run", *options)
+    cli.wait_for(process, cli.folder / "run", 3)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "evosearch resume run" in err
+    assert '"state": "interrupted"' in cli.here("status", "run", "--json").stdout
+
+
+def test_interrupt_with_workers_resumes_to_the_same_end(
+    cli: Cli, recipe: Callable[..., str]
+) -> None:
+    cli.here("launch", recipe(), "--out", "whole")
+    process = cli.start("launch", recipe(), "--out", "stopped", "--workers", "2")
+    cli.wait_for(process, cli.folder / "stopped", 7)
+    # As a terminal does: to the whole process group.
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    cli.run("resume", "stopped")
+    for run in ("whole", "stopped"):
+        cli.here("export", run, f"{run}.csv")
+    whole, stopped = ((cli.folder / f"{run}.csv").read_bytes() for run in ("whole", "stopped"))
+    assert whole == stopped
+
+
+def test_killed_search_on_ray_ends_as_if_never_killed(cli: Cli, recipe: Callable[..., str]) -> None:
+    check(cli, recipe(), ["--workers", "2"], "ray")
