@@ -30,8 +30,8 @@ def measured(run: Path) -> dict[str, Measurement]:
 
 
 def test_ray_and_the_process_measure_the_same_bits(cli: Cli, recipe: Callable[..., str]) -> None:
-    for workers in ("0", "2"):
-        cli.run("launch", recipe(), "--out", workers, "--workers", workers, "--evaluations", "20")
+    for workers, launch in (("0", cli.here), ("2", cli.run)):
+        launch("launch", recipe(), "--out", workers, "--workers", workers, "--evaluations", "20")
     here, there = (
         {digest: dict(m.metrics) for digest, m in measured(cli.folder / workers).items()}
         for workers in ("0", "2")
