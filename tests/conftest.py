@@ -1,15 +1,17 @@
-"""What holds for every test run: one thread per process, and Ray first.
-
-Two workers share two cores, and so do processes that tests start. Threads that wait for each other
-while another process has their core make tests several times slower.
-"""
+"""What holds for every test run: two workers on two cores, beside processes that tests start."""
 
 import os
 
-# Before anything imports numpy or torch.
+# Threads that wait for each other while another process has their core make tests several times
+# slower. Said before anything imports numpy or torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Seconds on the clock tell what the neighbour does, not how slow a test is.
+settings.register_profile("neighbours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("neighbours")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
