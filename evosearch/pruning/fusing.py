@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evosearch.pruning.sampling import pads_with_zeros
 from evosearch.pruning.watching import Watch
 
 __all__ = ["Fused", "Tail", "can_fuse", "convolve", "tails_of"]
@@ -44,19 +45,11 @@ def can_fuse(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and _has_library(dtype)
 
 
-def _plain(layer: nn.Module) -> bool:
-    return (
-        isinstance(layer, nn.Conv2d)
-        and layer.padding_mode == "zeros"
-        and not isinstance(layer.padding, str)
-    )
-
-
 def convolve(layer: Any, x: Tensor, other: Tensor | None = None, *, relu: bool = False) -> Tensor:
     """What a convolution returns, with what follows it, in one pass.
 
     Args:
-        layer: A two-dimensional convolution that pads with zeros.
+        layer: A convolution as in `pads_with_zeros`.
         x: Its input; device and dtype as in `can_fuse`.
         other: To add, like the output.
         relu: Whether to rectify in the end.
@@ -161,7 +154,7 @@ class _Recorder:
         self._names = {
             layer: name
             for name, layer in module.named_modules()
-            if _plain(layer) and name not in watched
+            if pads_with_zeros(layer) and name not in watched
         }
         self._chains: list[_Chain] = []
 
@@ -235,7 +228,7 @@ def tails_of(module: nn.Module, example: Tensor, watched: Container[str] = ()) -
     handles = [
         layer.register_forward_hook(recorder.after)
         for name, layer in module.named_modules()
-        if _plain(layer) or name in watched
+        if pads_with_zeros(layer) or name in watched
     ]
     try:
         with Watch(added=recorder.added, rectified=recorder.rectified, read=recorder.read):

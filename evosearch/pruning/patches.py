@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from evosearch.pruning.compensation import loaded_factor
 from evosearch.pruning.cutting import CuttingPlan, on_device
 from evosearch.pruning.folding import Layout
+from evosearch.pruning.sampling import pads_with_zeros
 from evosearch.pruning.statistics import run_watched, shared_tensor
 
 __all__ = ["Moments", "PatchCompensator", "patch_moments"]
@@ -60,9 +61,8 @@ class Moments:
 
 def _readable(layer: nn.Module) -> bool:
     if isinstance(layer, nn.Conv2d):
-        plain = layer.groups == 1 and layer.padding_mode == "zeros"
         short = layer.weight[0].numel() <= _LONGEST
-        return plain and short and not isinstance(layer.padding, str)
+        return layer.groups == 1 and short and pads_with_zeros(layer)
     return isinstance(layer, nn.Linear) and layer.in_features <= _LONGEST
 
 

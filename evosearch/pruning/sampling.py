@@ -6,9 +6,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Sampler", "drawn_positions", "flat_weight", "shaped_weight"]
+__all__ = ["Sampler", "drawn_positions", "flat_weight", "pads_with_zeros", "shaped_weight"]
+
+
+def pads_with_zeros(layer: nn.Module) -> bool:
+    """Whether it is a two-dimensional convolution that does so by numbers, not by a name."""
+    return (
+        isinstance(layer, nn.Conv2d)
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    )
 
 
 def drawn_positions(name: str, size: tuple[int, int], count: int) -> NDArray[np.int64]:
@@ -56,7 +65,7 @@ class Sampler:
 
         Args:
             x: `(n, channels, h, w)`, or `(n, features)` for a linear layer.
-            layer: A linear layer, or a plain convolution that pads with zeros.
+            layer: A linear layer, or a convolution as in `pads_with_zeros`, not grouped.
 
         Returns:
             `(n * n_positions, fan_in)` float32.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evosearch.pruning.folding import FastCopy, Layout
-from evosearch.pruning.sampling import Sampler, drawn_positions
+from evosearch.pruning.sampling import Sampler, drawn_positions, pads_with_zeros
 from evosearch.pruning.watching import Watch
 
 __all__ = ["Target", "targets_of"]
@@ -34,10 +34,7 @@ class Target:
 
 
 def _fitted(layer: nn.Module) -> bool:
-    if isinstance(layer, nn.Conv2d):
-        # Patches are read with zeros around the map.
-        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return isinstance(layer, nn.Linear)
+    return isinstance(layer, nn.Linear) or pads_with_zeros(layer)
 
 
 class _Recorder:
