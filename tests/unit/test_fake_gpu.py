@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+_TRIES = 4
 
 
 def transfers(*arguments: str) -> dict[str, int]:
     """How often scoring a candidate moves something between devices, by direction."""
-    # In a process of its own: fake tensors are experimental, and leave traces.
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.fake_gpu", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    command = [sys.executable, "-m", "tests.unit.fake_gpu", *arguments]
+    for _ in range(_TRIES):
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        )
+        # Fake tensors are experimental: now and then a process of theirs dies of its memory. What
+        # this test is about fails every time.
+        if done.returncode == 0:
+            break
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, int] = json.loads(done.stdout)
     return found
