@@ -6,7 +6,7 @@ follows which convolution is seen by running the network once, and checked numer
 """
 
 import functools
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from evosearch.pruning.sampling import pads_with_zeros
 from evosearch.pruning.watching import Watch
 
-__all__ = ["Fused", "Tail", "can_fuse", "convolve", "tails_of"]
+__all__ = ["Fused", "Tail", "can_fuse", "convolve", "output_size", "tails_of"]
 
 _LIBRARY = torch.ops.mkldnn
 
@@ -28,6 +28,9 @@ class Tail(StrEnum):
     RELU = "relu"
     ADD = "add"
     ADD_RELU = "add-relu"
+
+
+_SUMS = (Tail.ADD, Tail.ADD_RELU)
 
 
 @functools.cache
@@ -67,22 +70,73 @@ def convolve(layer: Any, x: Tensor, other: Tensor | None = None, *, relu: bool =
     return summed
 
 
+Prepare = Callable[[str, Tensor, Tensor | None], Tensor | None]
+"""Called before a convolution runs, with its name, its input, and what its output is added to."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Visited:
+    """A layer that is run in another way than its own.
+
+    Args:
+        name: Of the layer.
+        layer: A convolution, or a linear layer without a tail.
+        plain: Its own way.
+        tail: What it does on the way.
+        waits: Whether it is run when the other side of its sum is known.
+    """
+
+    name: str
+    layer: Any
+    plain: Callable[[Tensor], Tensor]
+    tail: Tail | None
+    waits: bool
+
+    def blank(self, x: Tensor) -> Tensor:
+        """Stands for the output until the sum; nobody reads it."""
+        size = output_size(self.layer, x) if x.ndim == 4 else ()
+        return x.new_empty(()).expand(len(x), len(self.layer.weight), *size)
+
+
 class Fused:
     """Makes a network run convolutions together with their tails, in place.
 
     Args:
-        module: The network; its convolutions and the whole get a `forward` of their own.
+        module: The network; the layers that are named and the whole get a `forward` of their own.
         tails: By name of the convolution.
+        prepare: Sees each layer named in `tails` or in `prepared` right before it runs, and may
+            give it other weights, or return its output: then it is not run, and its tail is left
+            to the network.
+        prepared: Names of more layers that it is to see.
+        waiting: Names of the layers that run when the other side of their sum is known; those
+            whose tail is a sum, if left out.
     """
 
-    def __init__(self, module: nn.Module, tails: Mapping[str, Tail]) -> None:
-        self._pending: dict[int, tuple[nn.Module, Tail, Tensor, Tensor]] = {}
+    def __init__(
+        self,
+        module: nn.Module,
+        tails: Mapping[str, Tail],
+        *,
+        prepare: Prepare | None = None,
+        prepared: Iterable[str] = (),
+        waiting: Container[str] | None = None,
+    ) -> None:
+        self._prepare = prepare
+        self._pending: dict[int, tuple[_Visited, Tensor, Tensor]] = {}
         self._rectified: dict[int, Tensor] = {}
-        for name, tail in tails.items():
-            layer = module.get_submodule(name)
-            layer.forward = functools.partial(self._visit, layer, tail)
+        for name in dict.fromkeys((*tails, *prepared)):
+            layer: Any = module.get_submodule(name)
+            tail = tails.get(name)
+            waits = tail in _SUMS if waiting is None else name in waiting
+            visited = _Visited(name, layer, layer.forward, tail, waits)
+            layer.forward = functools.partial(self._visit, visited)
         self._inner = module.forward
         module.forward = self._whole
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """Names of the layers whose sum did not come."""
+        return tuple(visited.name for visited, _, _ in self._pending.values())
 
     def _whole(self, *args: Any, **kwargs: Any) -> Any:
         self._pending.clear()
@@ -90,32 +144,46 @@ class Fused:
         with Watch(added=self._added, rectified=self._relu):
             return self._inner(*args, **kwargs)
 
-    def _visit(self, layer: Any, tail: Tail, x: Tensor) -> Tensor:
-        if tail == Tail.RELU:
-            return self._noted(convolve(layer, x, relu=True))
-        # Done when the other side of the sum is known; until then nobody reads it.
-        blank = x.new_empty(()).expand(len(x), len(layer.weight), *_size(layer, x))
-        self._pending[id(blank)] = (layer, tail, x, blank)
-        return blank
+    def _visit(self, visited: _Visited, x: Tensor) -> Tensor:
+        if visited.waits:
+            blank = visited.blank(x)
+            self._pending[id(blank)] = (visited, x, blank)
+            return blank
+        # Nothing in here is to be watched.
+        with torch._C.DisableTorchFunction():
+            output = self._prepare(visited.name, x, None) if self._prepare else None
+            if output is not None:
+                return output
+            if visited.tail != Tail.RELU:
+                return visited.plain(x)
+            return self._noted(convolve(visited.layer, x, relu=True))
 
     def _noted(self, output: Tensor) -> Tensor:
         self._rectified[id(output)] = output
         return output
 
-    def _added(self, _func: Any, left: Tensor, right: Tensor) -> Tensor | None:
+    def _added(self, func: Any, left: Tensor, right: Tensor) -> Tensor | None:
         for tensor, other in ((left, right), (right, left)):
             if id(tensor) in self._pending:
-                layer, tail, x, _ = self._pending.pop(id(tensor))
-                output = convolve(layer, x, other, relu=tail == Tail.ADD_RELU)
-                return self._noted(output) if tail == Tail.ADD_RELU else output
+                visited, x, _ = self._pending.pop(id(tensor))
+                return self._sum(func, visited, x, other)
         return None
+
+    def _sum(self, func: Any, visited: _Visited, x: Tensor, other: Tensor) -> Tensor:
+        output = self._prepare(visited.name, x, other) if self._prepare else None
+        if output is None and visited.tail in _SUMS:
+            rectifies = visited.tail == Tail.ADD_RELU
+            added = convolve(visited.layer, x, other, relu=rectifies)
+            return self._noted(added) if rectifies else added
+        result: Tensor = func(visited.plain(x) if output is None else output, other)
+        return result
 
     def _relu(self, _call: Callable[[], Tensor], tensor: Tensor) -> Tensor | None:
         # Let go of at once: maps that are kept push others out of the cache.
         return self._rectified.pop(id(tensor), None)
 
 
-def _size(layer: Any, x: Tensor) -> tuple[int, ...]:
+def output_size(layer: Any, x: Tensor) -> tuple[int, ...]:
     """Height and width of a convolution's output."""
     return tuple(
         (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1

@@ -25,11 +25,10 @@ from torch.nn import functional as F
 from evosearch.errors import NetworkError
 from evosearch.pruning.cutting import CuttingPlan, kept_indices
 from evosearch.pruning.folding import FastCopy, Layout
-from evosearch.pruning.fusing import Tail, can_fuse, convolve
+from evosearch.pruning.fusing import Fused, can_fuse
 from evosearch.pruning.sampling import Sampler, flat_weight, shaped_weight
 from evosearch.pruning.statistics import shared_tensor
 from evosearch.pruning.targets import Target
-from evosearch.pruning.watching import Watch
 
 __all__ = ["Reconstructor"]
 
@@ -38,35 +37,29 @@ _LEAST_VARIANCE = 1e-12
 _LIGHT = 1e-3
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Fit:
-    """A layer on its way to be fitted."""
+    """A layer on its way to be fitted.
+
+    Args:
+        name: Of the layer.
+        layer: Of the fast copy.
+        plain: How it runs by itself.
+        target: What it, or the sum that it enters, is to return.
+        values: Those of the target, on the device.
+        sampler: Reads inputs and outputs where the target was read.
+        fit: Whether it gets other weights, not just a scale and a shift.
+        out_axis: Which of the kept indices select its outputs, or None.
+    """
 
     name: str
     layer: Any
+    plain: Callable[[Tensor], Tensor]
     target: Target
     values: Tensor
     sampler: Sampler
-    plain: Callable[[Tensor], Tensor]
-    tail: Tail | None
     fit: bool
     out_axis: int | None
-
-    def run(self, x: Tensor) -> Tensor:
-        """The layer's output, rectified if that is all that follows."""
-        return convolve(self.layer, x, relu=True) if self.tail == Tail.RELU else self.plain(x)
-
-    def run_sum(self, func: Any, x: Tensor, other: Tensor) -> Tensor:
-        """The sum that the output enters, rectified if that is all that follows."""
-        if self.tail not in (Tail.ADD, Tail.ADD_RELU):
-            result: Tensor = func(self.plain(x), other)
-            return result
-        return convolve(self.layer, x, other, relu=self.tail == Tail.ADD_RELU)
-
-    @property
-    def rectifies(self) -> bool:
-        """Whether what `run` or `run_sum` return has been through the ReLU that comes next."""
-        return self.tail == (Tail.ADD_RELU if self.target.summed else Tail.RELU)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,70 +124,53 @@ class Reconstructor:
         device = next(dense.parameters()).device
         tails = dict(layout.tails) if can_fuse(device, dtype) else {}
         self._kept: list[Tensor | None] = []
-        self._pending: dict[int, tuple[_Fit, Tensor, Tensor]] = {}
-        self._rectified: dict[int, Tensor] = {}
         self._solved: list[_Fitted | _Scaled] = []
+        self._fits: dict[str, _Fit] = {}
         for name, target in targets.items():
-            layer: Any = layers[name]
             entry = cuts.get(name)
             reads_cut = entry is not None and entry.in_axis is not None
-            fit = _Fit(
+            self._fits[name] = _Fit(
                 name=name,
-                layer=layer,
+                layer=layers[name],
+                plain=layers[name].forward,
                 target=target,
                 values=shared_tensor(target.values).to(device),
                 sampler=Sampler(target.positions),
-                plain=layer.forward,
-                tail=tails.get(name),
-                fit=getattr(layer, "groups", 1) == 1
+                fit=getattr(layers[name], "groups", 1) == 1
                 and (every_layer or reads_cut or name == layout.head),
                 out_axis=None if entry is None else entry.out_axis,
             )
-            layer.forward = self._visitor(fit)
+        tails = dict(layout.tails) if can_fuse(device, dtype) else {}
+        self._fused = Fused(
+            self._fast.module,
+            {name: tail for name, tail in tails.items() if name in targets},
+            prepare=self._prepare,
+            prepared=targets,
+            waiting={name for name, target in targets.items() if target.summed},
+        )
 
-    def _visitor(self, fit: _Fit) -> Callable[[Tensor], Tensor]:
-        def visit(x: Tensor) -> Tensor:
-            if fit.target.summed:
-                # Done when the other side of the sum is known; until then nobody reads it.
-                shape = (len(x), len(fit.layer.weight), *fit.target.shape)
-                blank = x.new_empty(()).expand(shape)
-                self._pending[id(blank)] = (fit, x, blank)
-                return blank
+    def _prepare(self, name: str, x: Tensor, other: Tensor | None) -> Tensor | None:
+        """Fits a layer before it runs; returns the output where that was fitted in its place."""
+        fit = self._fits[name]
+        if other is not None:
             if fit.fit:
-                self._solve(fit, x, self._wanted(fit))
-            elif fit.layer.bias is not None and getattr(fit.layer, "groups", 1) == 1:
-                self._rescale(fit, x)
-            elif fit.layer.bias is not None:
-                return self._adjusted(fit, x)
-            return self._noted(fit, fit.run(x))
-
-        return visit
+                self._solve(fit, x, self._wanted(fit) - fit.sampler.outputs(other))
+        elif fit.fit:
+            self._solve(fit, x, self._wanted(fit))
+        elif fit.layer.bias is not None and getattr(fit.layer, "groups", 1) == 1:
+            self._rescale(fit, x)
+        elif fit.layer.bias is not None:
+            return self._adjusted(fit, x)
+        return None
 
     def _wanted(self, fit: _Fit) -> Tensor:
         kept = None if fit.out_axis is None else self._kept[fit.out_axis]
         return fit.values if kept is None else fit.values[:, kept]
 
-    def _added(self, func: Any, left: Tensor, right: Tensor) -> Tensor | None:
-        for tensor, other in ((left, right), (right, left)):
-            if id(tensor) in self._pending:
-                fit, x, _ = self._pending.pop(id(tensor))
-                if fit.fit:
-                    self._solve(fit, x, self._wanted(fit) - fit.sampler.outputs(other))
-                return self._noted(fit, fit.run_sum(func, x, other))
-        return None
-
-    def _noted(self, fit: _Fit, output: Tensor) -> Tensor:
-        if fit.rectifies:
-            self._rectified[id(output)] = output
-        return output
-
-    def _relu(self, _call: Callable[[], Tensor], tensor: Tensor) -> Tensor | None:
-        return self._rectified.pop(id(tensor), None)
-
     def _solve(self, fit: _Fit, x: Tensor, wanted: Tensor) -> None:
         """Least squares for weight and bias, loaded towards the weight there is."""
         layer = fit.layer
-        rows = fit.sampler.patches(x, layer)
+        rows = fit.sampler.patches(x, layer).float()
         before = flat_weight(layer.weight).float()
         if layer.bias is None:
             centre = torch.zeros(rows.shape[1], device=rows.device)
@@ -243,7 +219,7 @@ class Reconstructor:
         layer = fit.layer
         flat = flat_weight(layer.weight)
         # In the precision of the forward pass, as `_adjusted` gets it.
-        rows = fit.sampler.patches(x, layer).to(flat.dtype)
+        rows = fit.sampler.patches(x, layer)
         solved = self._scaled(fit, (rows @ flat.T).float() + layer.bias.float())
         bias = layer.bias.float() * solved.scale + solved.shift
         _put(layer, flat.float() * solved.scale[:, None], bias)
@@ -279,14 +255,11 @@ class Reconstructor:
             images: `(n, channels, height, width)`, those of the targets, in the forward's dtype.
         """
         self._kept = kept_indices(self._table, keep, images.device)
-        self._pending.clear()
-        self._rectified.clear()
         self._solved.clear()
         self._fast.update(network)
-        with Watch(added=self._added, rectified=self._relu):
-            self._fast.module(images)
-        if self._pending:
-            names = ", ".join(fit.name for fit, _, _ in self._pending.values())
+        self._fast.module(images)
+        if self._fused.waiting:
+            names = ", ".join(self._fused.waiting)
             raise NetworkError(f"{names}: the output was added in the dense network and is not now")
         layers = dict(network.named_modules())
         for solved in self._solved:

@@ -68,10 +68,10 @@ class Sampler:
             layer: A linear layer, or a convolution as in `pads_with_zeros`, not grouped.
 
         Returns:
-            `(n * n_positions, fan_in)` float32.
+            `(n * n_positions, fan_in)` in the precision of `x`.
         """
         if self._positions is None:
-            return x.float()
+            return x
         n, channels, height, width = x.shape
         key = (n, height, width, x.device)
         if self._patch_rows is None or self._patch_rows[0] != key:
@@ -87,7 +87,7 @@ class Sampler:
         if outside is not None:
             flat = flat.index_fill_(0, outside, 0)
         area = layer.kernel_size[0] * layer.kernel_size[1]
-        return flat.view(-1, area * channels).float()
+        return flat.view(-1, area * channels)
 
     def _patch_indices(
         self, n: int, height: int, width: int, layer: Any
