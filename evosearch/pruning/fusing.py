@@ -219,11 +219,13 @@ class _Recorder:
     """Follows the outputs of convolutions until somebody reads them."""
 
     def __init__(self, module: nn.Module, watched: Container[str]) -> None:
-        self._names = {
+        self._names: dict[Any, str] = {
             layer: name
             for name, layer in module.named_modules()
             if pads_with_zeros(layer) and name not in watched
         }
+        # The library adds to grouped ones in float32 alone.
+        self._summing = {name for layer, name in self._names.items() if layer.groups == 1}
         self._chains: list[_Chain] = []
 
     def after(self, layer: nn.Module, _inputs: object, output: object) -> None:
@@ -251,7 +253,11 @@ class _Recorder:
 
     def added(self, func: Any, left: Tensor, right: Tensor) -> Tensor | None:
         """The sum belongs to the one that nobody has read yet."""
-        chains = [chain for x in (left, right) if (chain := self._open(x, (None,)))]
+        chains = [
+            chain
+            for x in (left, right)
+            if (chain := self._open(x, (None,))) and chain.layer in self._summing
+        ]
         if not chains or left is right:
             self.read(left)
             self.read(right)

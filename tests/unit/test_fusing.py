@@ -148,6 +148,19 @@ def test_nothing_is_fused_across_what_is_watched() -> None:
     assert layout_of(network, watched=("first",)).tails == ()
 
 
+def test_sum_behind_a_grouped_convolution_is_left_to_torch() -> None:
+    # The library refuses it in bfloat16, though it does it in float32.
+    network = toy(plain_residual)
+    network.module.second = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+    layout = layout_of(network)
+    assert dict(layout.tails) == {"first": Tail.RELU}
+    for dtype in (torch.float32, torch.bfloat16):
+        fast = FastCopy(network.module, layout, dtype)
+        fast.update(network.module)
+        with torch.inference_mode():
+            fast.module(network.example(4).to(dtype))
+
+
 @pytest.mark.parametrize(
     ("name", "fused"),
     [
