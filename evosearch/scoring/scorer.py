@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
 
 from evosearch.data import Images
 from evosearch.errors import CandidateOutOfMemory, NetworkError
@@ -36,6 +37,7 @@ Answers = tuple[Tensor, Tensor]
 """Logits `(n, n_classes)` of a batch, and its distortion `(n,)`."""
 
 _MAX_REASON = 300
+_STATISTICS = ("running_mean", "running_var")
 # Normalised images beyond this size are made anew for every policy.
 _MAX_KEPT_BYTES = 1 << 28
 
@@ -322,6 +324,7 @@ class Scorer:
         try:
             with single_thread():
                 self._proxy.prepare(self, self.keep(policy))
+                self._refuse_what_is_not_finite()
                 if race is None:
                     found = {"metrics": self.measure(), "images": len(self._labels)}
                 else:
@@ -334,6 +337,20 @@ class Scorer:
         if bad:
             raise FloatingPointError(f"the pruned network's {', '.join(bad)} is not finite")
         return found
+
+    def _refuse_what_is_not_finite(self) -> None:
+        """Raises if a ReLU might hide it: on a CPU, those that convolutions do turn NaN into 0."""
+        if self._device != "cpu":
+            return
+        network = self._cutter.network
+        named: dict[str, Tensor] = dict(network.named_parameters())
+        # A mask may hold infinities on purpose.
+        named |= {name: t for name, t in network.named_buffers() if name.endswith(_STATISTICS)}
+        if get_total_norm(named.values()).isfinite():
+            return
+        bad = [name for name, tensor in named.items() if not tensor.isfinite().all()]
+        if bad:  # else finite numbers have squares that are not
+            raise FloatingPointError(f"{bad[0]} of the pruned network is not finite")
 
     def _attempt_smaller(self, policy: Policy, race: Race | None) -> dict[str, Any]:
         before, self._batch_size = self._batch_size, max(1, self._batch_size // 2)

@@ -419,11 +419,26 @@ def test_outputs_that_are_not_finite_are_a_failure_that_names_the_metrics(
 ) -> None:
     scorer = Scorer(prepared("recalibrated"))
     module = scorer.network_of(HALF)
-    monkeypatch.setattr(scorer, "recalibrate", lambda: module.linear.bias.data.fill_(torch.nan))
+    monkeypatch.setattr(scorer, "recalibrate", lambda: module.linear.weight.data.fill_(3e38))
     measurement = scorer.score(HALF)
     assert measurement.status is Status.FAILED
     assert measurement.reason is not None
     assert "the pruned network's loss, margin, divergence is not finite" in measurement.reason
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_a_failure_though_a_relu_hides_them(
+    prepared: Prepare, monkeypatch: pytest.MonkeyPatch, bad: float
+) -> None:
+    scorer = Scorer(prepared("recalibrated", precision="bfloat16"))
+    module = scorer.network_of(HALF)
+    # A ReLU that the convolution does on the way makes a zero of it.
+    conv = module.layer2[0].conv1
+    monkeypatch.setattr(scorer, "recalibrate", lambda: conv.weight.data[0, 0].fill_(bad))
+    measurement = scorer.score(HALF)
+    assert measurement.status is Status.FAILED
+    assert measurement.reason is not None
+    assert "layer2.0.conv1.weight of the pruned network is not finite" in measurement.reason
 
 
 @pytest.mark.parametrize(
