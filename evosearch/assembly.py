@@ -20,6 +20,8 @@ from evosearch.algorithms import (
     Foresight,
     Known,
     make_algorithm,
+    settled_algorithm,
+    settled_population,
 )
 from evosearch.data import (
     DataSource,
@@ -57,6 +59,8 @@ from evosearch.space import CriteriaFacts, CriteriaWish, SearchSpace, criteria_w
 _IMAGES = {"calibration": 1000, "validation": 2000}
 # Share of the way from guessing to certainty below which a network seems not to know its images.
 _CLEARLY_ABOVE = 0.1
+# Fewer images order policies less well by outputs than by feature maps (docs/fidelity.md).
+_FEW_FOR_OUTPUTS = 256
 # Of so many images and classes the ledger keeps what the dense network puts out.
 _SHOWN = 16
 # So many random policies show what a space can cost, where its extremes are not policies of it.
@@ -258,10 +262,13 @@ class Assembled:
                 f"guessing on {chance:.1%}; check network.weights, network.mean and network.std, "
                 "and the order of the classes"
             )
-        if "distortion" in self.goals.objectives and self.workload.features.layer is None:
+        count = len(self.workload.validation)
+        compares_outputs = self.workload.features.layer is None
+        if "distortion" in self.goals.objectives and compares_outputs and count < _FEW_FOR_OUTPUTS:
             found.append(
-                "distortion compares outputs here, which takes more images: there are no last "
-                "feature maps that keep all channels and that every cut moves"
+                f"{count} validation images are few for distortion, which compares outputs here: "
+                "there are no last feature maps that keep all channels and that every cut moves; "
+                f"set data.validation to {_FEW_FOR_OUTPUTS} or more"
             )
         return found
 
@@ -346,7 +353,7 @@ def assemble(recipe: Recipe) -> Assembled:
     goals.check_reachable(*reachable_costs(space, plan.table))
     # Made here once to refuse a wrong algorithm before anything is measured.
     algorithm_of(recipe, space, goals, plan.table, None)
-    recipe = _settled(recipe, image_sets)
+    recipe = _settled(recipe, image_sets, space)
     proxy = recipe.proxy
     with _naming("proxy.criterion"):
         workload = prepare_workload(
@@ -436,7 +443,7 @@ def reachable_costs(
     )
 
 
-def _settled(recipe: Recipe, images: ImageSets) -> Recipe:
+def _settled(recipe: Recipe, images: ImageSets, space: SearchSpace) -> Recipe:
     """The recipe with all that it left open written down, so that a run never changes."""
     gpu = recipe.run.gpus_per_worker > 0
     how = {
@@ -451,7 +458,10 @@ def _settled(recipe: Recipe, images: ImageSets) -> Recipe:
         "check": len(images.check) // views,
     }
     data = recipe.data.model_copy(update=sizes)
-    return recipe.model_copy(update={"proxy": proxy, "data": data})
+    name = settled_algorithm(recipe.search.algorithm, space)
+    population = settled_population(recipe.search.population, name, recipe.run.workers)
+    search = recipe.search.model_copy(update={"algorithm": name, "population": population})
+    return recipe.model_copy(update={"proxy": proxy, "data": data, "search": search})
 
 
 def foresight_of(goals: Goals, table: GroupTable) -> Foresight:
@@ -482,12 +492,13 @@ def algorithm_of(
 ) -> Algorithm:
     """The recipe's algorithm; one constraint more than named, for failures."""
     search = recipe.search
-    if search.algorithm == "uniform" and seeds is not None and len(seeds):
+    name = settled_algorithm(search.algorithm, space)
+    if name == "uniform" and seeds is not None and len(seeds):
         raise ConfigError("the uniform ladder takes no seeds; leave --seed-from out")
     return make_algorithm(
         AlgorithmSettings(
-            name=search.algorithm,
-            population=search.population,
+            name=name,
+            population=settled_population(search.population, name, recipe.run.workers),
             seed=search.seed,
             seed_share=search.seed_share,
             options=search.options,

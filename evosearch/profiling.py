@@ -33,6 +33,7 @@ class Profile:
         rounding: Divergence that it brings to the dense network, in nats.
         images: For calibration and for validation.
         dense_top1: Of the dense network on the validation images.
+        algorithm: Name and genomes at a time, as settled for this space.
         input: What the network takes, and how it is said to have been trained.
         doubts: What is possible but hardly meant.
     """
@@ -50,6 +51,7 @@ class Profile:
     rounding: float
     images: tuple[int, int]
     dense_top1: float
+    algorithm: tuple[str, int]
     input: InputSpec
     doubts: tuple[str, ...]
 
@@ -69,7 +71,7 @@ def profile(recipe: Recipe) -> Profile:
     lowest, highest = (
         (shares["macs"], shares["params"]) for shares in reachable_costs(space, table)
     )
-    workers = recipe.run.workers
+    workers, settled = recipe.run.workers, assembled.recipe.search
     count = recipe.search.evaluations + recipe.search.baseline
     seconds = count * candidate.seconds / max(workers, 1) + (_RAY_START_S if workers else 0)
     return Profile(
@@ -86,6 +88,7 @@ def profile(recipe: Recipe) -> Profile:
         rounding=assembled.workload.rounding,
         images=(len(assembled.workload.calibration), len(assembled.workload.validation)),
         dense_top1=1 - assembled.dense_error,
+        algorithm=(settled.algorithm or "", settled.population or 0),
         input=assembled.workload.input,
         doubts=tuple(assembled.doubts()),
     )
@@ -114,6 +117,9 @@ def profile_lines(recipe: Recipe, found: Profile) -> list[str]:
         for name, low, high in zip(names, found.lowest, found.highest, strict=True)
     ]
     lines += _input_lines(recipe, found)
+    name, at_a_time = found.algorithm
+    minimised = " and ".join(recipe.search.objectives)
+    lines.append(f"search      minimises {minimised}: {name}, {at_a_time} at a time")
     constraints = ", ".join(recipe.search.constraints) or "none"
     lines.append(f"constraints {constraints} (satisfiable)")
     lines.append(

@@ -98,15 +98,17 @@ class DataRecipe(_Table):
 class SearchRecipe(_Table):
     """`[search]`: what is minimised, how, and for how long."""
 
-    objectives: Annotated[list[str], Field(min_length=1)] = ["error", "macs"]
-    """Any of error, loss, margin, divergence, distortion, macs, params."""
+    objectives: Annotated[list[str], Field(min_length=1)] = ["distortion", "macs"]
+    """Any of distortion, error, loss, margin, divergence, macs, params."""
     constraints: list[str] = []
     """Such as "macs <= 0.5"; all must hold."""
-    algorithm: str = "nsga2"
-    """de, nsga2, gde3, nsde, level-switch, surrogate, random, uniform or sensitivity."""
-    population: Count = 32
-    """Genomes per generation."""
-    evaluations: Count = 1000
+    algorithm: str | None = None
+    """surrogate, de, nsga2, gde3, nsde, level-switch, random, uniform or sensitivity; if left out,
+    surrogate where genes have levels, nsga2 elsewhere, and settled at launch."""
+    population: Count | None = None
+    """Genomes per generation; if left out, 8 for surrogate, or one per worker if those are more; 32
+    for all others."""
+    evaluations: Count = 300
     """Distinct policies to measure; duplicates and unaffordable ones are free."""
     seed: Seed = 0
     """Seed of the search."""

@@ -30,9 +30,15 @@ __all__ = [
     "Resumable",
     "State",
     "make_algorithm",
+    "settled_algorithm",
+    "settled_population",
 ]
 
 FloatArray = NDArray[np.float64]
+
+SURROGATE = "surrogate"
+# What the benchmarks of search efficiency found best, and what is customary.
+_FEW, _MANY = 8, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +238,7 @@ ALGORITHMS: dict[str, Entry] = {
         options=SwitchingOptions,
         min_population=2,
     ),
-    "surrogate": Entry(
+    SURROGATE: Entry(
         title="level switches and steps, pre-screened by Gaussian processes",
         make=_surrogate,
         options=SurrogateOptions,
@@ -246,6 +252,27 @@ ALGORITHMS: dict[str, Entry] = {
         options=SensitivityOptions,
     ),
 }
+
+
+def settled_algorithm(wish: str | None, space: SearchSpace) -> str:
+    """The name itself; if None, of the algorithm that needs fewest evaluations in such a space."""
+    if wish is not None:
+        return wish
+    return SURROGATE if hasattr(space, "levels") else "nsga2"
+
+
+def settled_population(wish: int | None, name: str, workers: int) -> int:
+    """The number itself; if None, one that suits the algorithm and keeps all workers busy.
+
+    Args:
+        wish: What is asked for.
+        name: Of the algorithm.
+        workers: Scorers at work.
+    """
+    if wish is not None:
+        return wish
+    # It learns from every answer before it asks again.
+    return max(_FEW, workers) if name == SURROGATE else _MANY
 
 
 def make_algorithm(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,16 +25,18 @@ _LABELS = {
 }
 
 
-def _axes(results: Results) -> tuple[str, str]:
-    """What to draw: a cost to the right, a metric upwards."""
+def _axes(results: Results) -> tuple[str, list[str]]:
+    """What to draw: a cost to the right; upwards what was minimised, and what people know."""
     names = results.goals.objectives
     costs = [name for name in names if name in COSTS]
     metrics = [name for name in names if name not in COSTS]
-    return (costs or ["macs"])[0], (metrics or ["error"])[0]
+    return (costs or ["macs"])[0], list(dict.fromkeys((*metrics[:1], "error")))
 
 
 def plot_front(results: Results, path: Path) -> None:
     """Draws every measured policy, the front, the uniform ladder and the dense network.
+
+    One panel for the metric that was minimised, and one for error if that is another.
 
     Args:
         results: What was measured.
@@ -42,15 +45,20 @@ def plot_front(results: Results, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    x, y = _axes(results)
+    x, metrics = _axes(results)
+    figure = Figure(figsize=(1 + 6 * len(metrics), 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, y in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        _draw_front(axes, results, x, y)
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150, metadata={"Software": "evosearch"})
 
+
+def _draw_front(axes: Any, results: Results, x: str, y: str) -> None:
     def points(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
         ok = sorted((row for row in rows if row.status is Status.OK), key=lambda row: row.values[x])
         return [row.values[x] for row in ok], [row.values[y] for row in ok]
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     measured = [row for row in results.rows if row.status is Status.OK]
     axes.scatter(*points(measured), s=9, color="0.75", label=f"measured ({len(measured)})")
     if results.baseline:
@@ -73,8 +81,6 @@ def plot_front(results: Results, path: Path) -> None:
     axes.set_xlabel(_LABELS[x])
     axes.set_ylabel(_LABELS[y])
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150, metadata={"Software": "evosearch"})
 
 
 _LEARNED_SHOWN = 3

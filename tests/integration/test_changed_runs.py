@@ -146,7 +146,7 @@ def test_a_search_that_can_afford_nothing_is_an_error(
 ) -> None:
     monkeypatch.setattr(Goals, "check_reachable", lambda *_: None)
     settings = ("space.project_onto={macs=0.5}", "search.constraints=['macs <= 0.4']")
-    with pytest.raises(BudgetUnreachable, match=r"nothing was measured: .*nsga2 .*macs <= 0.4"):
+    with pytest.raises(BudgetUnreachable, match=r"nothing was measured: .*surrogate .*macs <= 0.4"):
         start(*settings)
 
 

@@ -65,6 +65,24 @@ def test_sizes_left_open_are_what_there_is_and_are_written_down(few_images: Path
     assert check_recipe(assembled.facts()["recipe"], "the ledger").data == data
 
 
+@pytest.mark.parametrize(
+    ("search", "space", "workers", "settled"),
+    [
+        ({}, {}, 0, ("surrogate", 8)),
+        ({}, {}, 12, ("surrogate", 12)),
+        ({"population": 5}, {}, 12, ("surrogate", 5)),
+        ({"algorithm": "nsga2"}, {}, 12, ("nsga2", 32)),
+        # Genes of blends have no levels to move by.
+        ({}, {"name": "criterion-blend", "criteria": ["l1", "l2"]}, 0, ("nsga2", 32)),
+    ],
+)
+def test_how_to_search_is_settled_by_the_space_and_written_down(
+    search: dict[str, Any], space: dict[str, Any], workers: int, settled: tuple[str, int]
+) -> None:
+    found = assemble(recipe(search=search, space=space, run={"workers": workers})).recipe.search
+    assert (found.algorithm, found.population) == settled
+
+
 def test_a_size_that_was_named_is_meant(few_images: Path) -> None:
     with pytest.raises(DataError, match=r"data.validation = 31: wanted 31 images of the 30"):
         assemble(recipe(data={"name": str(few_images), "validation": 31}))
@@ -113,7 +131,7 @@ def test_a_wrong_name_says_in_which_field_it_is(field: str, value: str) -> None:
 
 def test_a_network_that_guesses_is_doubted() -> None:
     guessing = assemble(recipe(network={"arguments": {"favour": 100.0}}))
-    (doubt,) = guessing.doubts()
+    doubt, *_ = guessing.doubts()
     assert "is right on 10.9% of the validation images, and guessing on 10.0%" in doubt
 
 
@@ -122,12 +140,13 @@ def test_a_network_that_knows_its_images_is_not_doubted() -> None:
     assert assemble(recipe(network=trained)).doubts() == []
 
 
-def test_distortion_of_outputs_is_named_where_it_stands_for_that_of_maps() -> None:
-    by_distortion = {"objectives": ["distortion", "macs"]}
-    *_, said = assemble(recipe(search=by_distortion)).doubts()
-    assert said.startswith("distortion compares outputs here")
+def test_few_images_are_doubted_where_distortion_is_that_of_outputs() -> None:
+    *_, said = assemble(recipe()).doubts()
+    assert said.startswith("64 validation images are few for distortion, which")
+    assert len(assemble(recipe(data={"validation": 256})).doubts()) == 1
+    assert len(assemble(recipe(search={"objectives": ["error", "macs"]})).doubts()) == 1
     trained = {"name": "resnet20", "weights": "shipped:resnet20-cifar10"}
-    assert assemble(recipe(network=trained, search=by_distortion)).doubts() == []
+    assert assemble(recipe(network=trained)).doubts() == []
 
 
 def test_profile_shows_what_is_done_to_images() -> None:
@@ -135,6 +154,7 @@ def test_profile_shows_what_is_done_to_images() -> None:
     lines = "\n".join(profile_lines(plain, profile(plain)))
     assert "images      64 for calibration, 64 for validation, of cifar10-sample" in lines
     assert "mean 0.5, 0.4, 0.3; std 0.25, 0.24, 0.26" in lines
+    assert "search      minimises distortion and macs: surrogate, 8 at a time" in lines
     assert "images were neither cropped nor mirrored" in lines
     assert "warning: the dense network is right on" in lines
 

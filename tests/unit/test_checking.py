@@ -41,6 +41,7 @@ def recipe_of(**data: int) -> Recipe:
             "data": {"calibration": 64, "validation": 96, **data},
             "search": {
                 "objectives": ["divergence", "macs"],
+                "algorithm": "nsga2",
                 "population": 6,
                 "evaluations": 12,
                 "baseline": 3,

@@ -75,8 +75,8 @@ def minimal(tmp_path: Path) -> str:
 
 def test_defaults_need_a_network_only() -> None:
     found = recipe()
-    assert (found.search.algorithm, found.search.population) == ("nsga2", 32)
-    assert found.search.objectives == ["error", "macs"]
+    assert (found.search.algorithm, found.search.population) == (None, None)  # settled at launch
+    assert found.search.objectives == ["distortion", "macs"]
     assert (found.proxy.name, found.proxy.criterion) == ("reconstructed", "residual-energy")
     assert found.space == {"name": "layer-sparsity"}
     assert found.data.name == "cifar10-sample"
@@ -95,7 +95,7 @@ def test_recipe_cannot_be_changed() -> None:
 def test_recipes_do_not_share_their_defaults() -> None:
     recipe().search.objectives.append("params")
     recipe().space["sparsity"] = [0, 1]
-    assert recipe().search.objectives == ["error", "macs"]
+    assert recipe().search.objectives == ["distortion", "macs"]
     assert recipe().space == {"name": "layer-sparsity"}
 
 
@@ -386,7 +386,7 @@ def test_toml_keeps_any_title(title: str) -> None:
 
 def test_toml_shows_every_default() -> None:
     shown = tomllib.loads(recipe().to_toml())
-    assert shown["search"]["population"] == 32
+    assert shown["search"]["evaluations"] == 300
     assert shown["proxy"]["ridge"] == 1e-4
     assert shown["run"]["workers"] == 2
 
