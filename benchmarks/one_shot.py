@@ -1,13 +1,13 @@
 """How accurate is a searched network before any training?
 
 The published ResNet-56 at 70, 50 and 30% of its MACs: test top-1 of the searched policy beside
-uniform ratios and random search with the same number of evaluations. Policies are chosen by
-divergence or by distortion on validation images (of the last 5,000 training images; the published
-network saw them in training, which flatters all methods alike); test images are opened once, for
-the chosen ones. `quick` searches score with a fifth of the images and time, and get five times the
-evaluations. The chosen policies of `reconstructed` rows are prepared once more with as many
-calibration images as `--final` says; the others with the images of the search, and with as many for
-recalibration.
+uniform ratios and random search with the same number of evaluations. Policies are chosen by error,
+margin, divergence or distortion on validation images (of the last 5,000 training images; the
+published network saw them in training, which flatters all methods alike); test images are opened
+once, for the chosen ones. `quick` searches score with a fifth of the images and time, and get five
+times the evaluations. The chosen policies of `reconstructed` rows are prepared once more with as
+many calibration images as `--final` says; the others with the images of the search, and with as
+many for recalibration.
 
     python benchmarks/one_shot.py [--data FOLDER] [--evaluations 72] [--seeds 3]
         [--shares 0.7 0.5 0.3] [--methods "searched, distortion" ...] [--chosen JSON]
@@ -53,7 +53,9 @@ QUICK = {
 }
 RANDOM = {"search.algorithm": "random", "search.seed_share": 0.0}
 SURROGATE = {"search.algorithm": "surrogate", "search.population": 8}
-DISTORTION = {"search.objectives": ["distortion"]}
+DISTORTION, ERROR, MARGIN = (
+    {"search.objectives": [metric]} for metric in ("distortion", "error", "margin")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,12 @@ METHODS = {
     "random best, L1, recalibrated": Method(proxy=L1, search=RANDOM, final=L1),
     "random best, reconstructed": Method(proxy=RECONSTRUCTED, search=RANDOM, final=RECONSTRUCTED),
     "searched, divergence": Method(proxy=RECONSTRUCTED, search=SURROGATE, final=RECONSTRUCTED),
+    "searched, error": Method(
+        proxy=RECONSTRUCTED, search={**SURROGATE, **ERROR}, final=RECONSTRUCTED
+    ),
+    "searched, margin": Method(
+        proxy=RECONSTRUCTED, search={**SURROGATE, **MARGIN}, final=RECONSTRUCTED
+    ),
     "searched, distortion": Method(
         proxy=RECONSTRUCTED, search={**SURROGATE, **DISTORTION}, final=RECONSTRUCTED
     ),
