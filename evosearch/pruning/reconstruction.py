@@ -48,7 +48,7 @@ class _Fit:
         target: What it, or the sum that it enters, is to return.
         values: Those of the target, on the device.
         sampler: Reads inputs and outputs where the target was read.
-        fit: Whether it gets other weights, not just a scale and a shift.
+        fit: Whether it gets other weights.
         out_axis: Which of the kept indices select its outputs, or None.
     """
 
@@ -82,7 +82,7 @@ class _Fitted:
 
 @dataclass(frozen=True, eq=False)
 class _Scaled:
-    """A scale and a shift per channel, `(out,)` each, behind a folded layer."""
+    """A scale and a shift per channel, `(out,)` each, behind a grouped convolution."""
 
     name: str
     scale: Tensor
@@ -157,9 +157,7 @@ class Reconstructor:
                 self._solve(fit, x, self._wanted(fit) - fit.sampler.outputs(other))
         elif fit.fit:
             self._solve(fit, x, self._wanted(fit))
-        elif fit.layer.bias is not None and getattr(fit.layer, "groups", 1) == 1:
-            self._rescale(fit, x)
-        elif fit.layer.bias is not None:
+        elif getattr(fit.layer, "groups", 1) > 1 and fit.layer.bias is not None:
             return self._adjusted(fit, x)
         return None
 
@@ -214,36 +212,21 @@ class Reconstructor:
         factor, _ = torch.linalg.cholesky_ex(gram)
         return torch.cholesky_solve(rows.T @ residual, factor).T.float()
 
-    def _rescale(self, fit: _Fit, x: Tensor) -> None:
-        """A scale and a shift per channel, by least squares, put into the layer."""
-        layer = fit.layer
-        flat = flat_weight(layer.weight)
-        # In the precision of the forward pass, as `_adjusted` gets it.
-        rows = fit.sampler.patches(x, layer)
-        solved = self._scaled(fit, (rows @ flat.T).float() + layer.bias.float())
-        bias = layer.bias.float() * solved.scale + solved.shift
-        _put(layer, flat.float() * solved.scale[:, None], bias)
-
     def _adjusted(self, fit: _Fit, x: Tensor) -> Tensor:
-        """The output of a grouped convolution, scaled and shifted likewise."""
+        """The output of a grouped convolution, with a scale and a shift that fit its channels."""
         output = fit.plain(x)
-        solved = self._scaled(fit, fit.sampler.outputs(output))
-        still = torch.zeros_like(solved.scale), torch.ones_like(solved.scale)
-        # One pass: a product and a sum with so few numbers to a row are slow in bfloat16.
-        scale, shift = (part.to(output.dtype) for part in (solved.scale, solved.shift))
-        mean, variance = (part.to(output.dtype) for part in still)
-        return F.batch_norm(output, mean, variance, scale, shift, training=False, eps=0.0)
-
-    def _scaled(self, fit: _Fit, found: Tensor) -> _Scaled:
-        wanted = self._wanted(fit)
+        found, wanted = fit.sampler.outputs(output), self._wanted(fit)
         centre, wish = found.mean(0), wanted.mean(0)
         found = found - centre
         variance = found.square().mean(0)
         load = self._ridge * variance.mean() + _LEAST_VARIANCE
         scale = ((found * (wanted - wish)).mean(0) + load) / (variance + load)
-        solved = _Scaled(fit.name, scale, wish - scale * centre)
-        self._solved.append(solved)
-        return solved
+        shift = wish - scale * centre
+        self._solved.append(_Scaled(fit.name, scale, shift))
+        still = torch.zeros_like(scale), torch.ones_like(scale)
+        # One pass: a product and a sum with so few numbers to a row are slow in bfloat16.
+        mean, variance, scale, shift = (t.to(output.dtype) for t in (*still, scale, shift))
+        return F.batch_norm(output, mean, variance, scale, shift, training=False, eps=0.0)
 
     @torch.inference_mode()
     def reconstruct(self, network: nn.Module, keep: NDArray[np.bool_], images: Tensor) -> None:
