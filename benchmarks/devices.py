@@ -39,7 +39,7 @@ from evosearch.scoring.workload import (
     settled_precision,
 )
 
-READ_BY = {"ours, same images": "error", "ours, quick": "distortion"}
+READ_BY = {"ours, compensated": "error", "ours, compensated, quick": "distortion"}
 
 
 def random_policies(table: GroupTable, count: int) -> list[Policy]:

@@ -2,17 +2,18 @@
 
 The rival is Optuna's NSGA-II driving Torch-Pruning: copy the network, prune every group by L1 norm,
 recalibrate batch norm on 500 images, measure top-1 on 1,000 images, count MACs; eager float32, two
-processes. Ours are searches' own workers on Ray: once with the same images (`ours, same images`),
-and with fewer, as the evidence on fidelity suggests (`ours, fast`; `ours, quick`, to be read by its
-distortion). All score the policies of results/fidelity-resnet56-policies.csv, which were fine-tuned
+processes. Ours are searches' own workers on Ray: once with the same images,
+and with fewer, as the evidence on fidelity suggests (`fast`; `quick`, to be read by its
+distortion). All score the policies of results/fidelity-NETWORK-policies.csv, which were fine-tuned
 there, in blocks that take turns, so that a noisy machine is noisy for everybody. What they find is
 compared with that truth: the taus are those of the very candidates that were timed, by every metric
-that one could read. The rival gets a divergence, too, as its outputs have it for nothing.
+that one could read. The rival gets a divergence, too, as its outputs have it for nothing. As a tau
+is also luck with the images, all are compared again on other images, `--draws` times.
 
 Then, in this process alone: where a candidate's time goes, and how near the forward passes come to
 the machine's matrix multiplication.
 
-    python benchmarks/throughput.py [--data FOLDER] [--blocks 3]
+    python benchmarks/throughput.py [--network resnet56] [--data FOLDER] [--blocks 3] [--draws 4]
 """
 
 import copy
@@ -56,7 +57,7 @@ PROCESSES = 2
 GOAL_RATIO, GOAL_PEAK, GOAL_OUTSIDE = 10.0, 0.6, 0.05
 CALIBRATION, VALIDATION = 500, 1000
 OURS: dict[str, tuple[int, int, dict[str, Any]]] = {
-    "ours, same images": (
+    "ours, compensated": (
         CALIBRATION,
         VALIDATION,
         {"name": "compensated", "criterion": "residual-energy"},
@@ -66,17 +67,22 @@ OURS: dict[str, tuple[int, int, dict[str, Any]]] = {
         256,
         {"name": "compensated", "criterion": "residual-energy", "recalibration_images": 128},
     ),
-    "ours, same images, reconstructed": (
+    "ours, compensated, quick": (
+        CALIBRATION,
+        64,
+        {"name": "compensated", "criterion": "residual-energy", "recalibration_images": 64},
+    ),
+    "ours, reconstructed": (
         CALIBRATION,
         VALIDATION,
         {"name": "reconstructed", "criterion": "residual-energy"},
     ),
-    "ours, fast": (
+    "ours, reconstructed, fast": (
         CALIBRATION,
         256,
         {"name": "reconstructed", "criterion": "residual-energy", "reconstruction_images": 128},
     ),
-    "ours, quick": (
+    "ours, reconstructed, quick": (
         CALIBRATION,
         64,
         {
@@ -97,10 +103,10 @@ Found = dict[Policy, dict[str, float]]
 _rival: dict[str, Any] = {}
 
 
-def start_rival(folder: Path, calibration: Images, validation: Images) -> None:
+def start_rival(name: str, folder: Path, calibration: Images, validation: Images) -> None:
     """Loads what a hand-written worker would hold."""
     torch.set_num_threads(1)
-    network = published(folder, "resnet56")
+    network = published(folder, name)
     model, shown = network.module.eval(), network.normalise(validation.pixels)
     with torch.no_grad():
         dense = torch.cat([model(batch) for batch in torch.split(shown, 128)])
@@ -268,21 +274,21 @@ def _plain(policy: Policy) -> Measurement:
     return Measurement(policy=policy, status=Status.OK, metrics=dict.fromkeys(METRICS, 0.5))
 
 
-def the_images(folder: Path) -> tuple[Images, Images]:
+def the_images(folder: Path, draw: int = 0) -> tuple[Images, Images]:
     """Calibration and validation images, balanced, of different parts of the training images."""
     train = images(folder, "cifar10_train")
     first, last = np.arange(45_000), np.arange(45_000, 50_000)
     return (
-        train.take(first[balanced_subset(train.labels[first], CALIBRATION, 0)]),
-        train.take(last[balanced_subset(train.labels[last], VALIDATION, 0)]),
+        train.take(first[balanced_subset(train.labels[first], CALIBRATION, draw)]),
+        train.take(last[balanced_subset(train.labels[last], VALIDATION, draw)]),
     )
 
 
 def prepared(
-    network: Network, plan: CuttingPlan, calibration: Images, validation: Images
+    network: Network, plan: CuttingPlan, calibration: Images, validation: Images, draw: int = 0
 ) -> dict[str, Workload]:
     """What each of ours scores with."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(draw)
     workloads = {}
     for name, (n_calibration, n_validation, proxy) in OURS.items():
         chosen = calibration.take(np.arange(n_calibration))
@@ -300,7 +306,7 @@ def in_turns(
     workloads: dict[str, Workload],
     table: GroupTable,
     blocks: list[list[Policy]],
-    arguments: tuple[Path, Images, Images],
+    arguments: tuple[str, Path, Images, Images],
 ) -> tuple[dict[str, list[float]], dict[str, Found]]:
     """Candidates per second of everybody, block after block, and what everybody found.
 
@@ -347,6 +353,28 @@ def in_turns(
     return rates, found
 
 
+def on_other_images(
+    name: str, network: Network, plan: CuttingPlan, folder: Path, policies: list[Policy], draw: int
+) -> dict[str, Found]:
+    """What everybody finds with another draw of images."""
+    calibration, validation = the_images(folder, draw)
+    context = multiprocessing.get_context("spawn")
+    started = (name, folder, calibration, validation)
+    ratios = [
+        [1 - k / int(c) for k, c in zip(policy.keep, plan.table.channels, strict=True)]
+        for policy in policies
+    ]
+    with ProcessPoolExecutor(PROCESSES, context, start_rival, started) as executor:
+        rival = dict(zip(policies, executor.map(hand_written, ratios), strict=True))
+    found: dict[str, Found] = {
+        RIVAL: {p: {"error": error, "divergence": moved} for p, (error, moved, _) in rival.items()}
+    }
+    for ours, workload in prepared(network, plan, calibration, validation, draw).items():
+        scorer = Scorer(workload)
+        found[ours] = {policy: dict(scorer.score(policy).metrics) for policy in policies}
+    return found
+
+
 def fidelity(found: Found, policies: list[Policy], truth: NDArray[np.float64]) -> dict[str, Any]:
     """Tau with its interval, by metric."""
     taus = {}
@@ -386,6 +414,22 @@ def show_rates(
     )
 
 
+def show_draws(drawn: list[dict[str, dict[str, dict[str, float]]]]) -> None:
+    """Taus over draws of images: mean and range."""
+
+    def cell(name: str, metric: str) -> str:
+        if metric not in drawn[0][name]:
+            return "-"
+        taus = [one[name][metric]["tau"] for one in drawn]
+        return f"{statistics.mean(taus):.2f} ({min(taus):.2f} to {max(taus):.2f})"
+
+    show(
+        f"Tau over {len(drawn)} draws of images: mean (range)",
+        ["", *READ_BY],
+        [[name, *(cell(name, metric) for metric in READ_BY)] for name in drawn[0]],
+    )
+
+
 def show_parts(parts: dict[str, dict[str, Any]]) -> None:
     steps = ("cut", "compensate", "reconstruct", "recalibrate", "measure")
     show(
@@ -408,15 +452,17 @@ def show_parts(parts: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--blocks", type=int, default=3)
+    made.add_argument("--network", choices=("resnet20", "resnet56"), default="resnet56")
+    made.add_argument("--draws", type=int, default=4, help="of images, to compare orders once more")
     options = made.parse_args()
     torch.set_num_threads(1)
-    network = published(options.data, "resnet56")
+    network = published(options.data, options.network)
     plan = trace(network)
     calibration, validation = the_images(options.data)
     workloads = prepared(network, plan, calibration, validation)
-    policies, truth = policies_and_truth("resnet56")
+    policies, truth = policies_and_truth(options.network)
     blocks = [policies[index :: options.blocks] for index in range(options.blocks)]
-    arguments = (options.data, calibration, validation)
+    arguments = (options.network, options.data, calibration, validation)
     rates, found = in_turns(workloads, plan.table, blocks, arguments)
     ratios = {
         name: [ours / theirs for ours, theirs in zip(r, rates[RIVAL], strict=True)]
@@ -424,21 +470,30 @@ def main() -> None:
     }
     taus = {name: fidelity(found[name], policies, truth) for name in rates}
     title = f"{PROCESSES} processes, {options.blocks} blocks of {len(blocks[0])} policies"
-    show_rates(rates, ratios, taus, f"ResNet-56, {title}")
+    show_rates(rates, ratios, taus, f"{options.network}, {title}")
+    drawn = [taus]
+    for draw in range(1, options.draws + 1):
+        others = on_other_images(options.network, network, plan, options.data, policies, draw)
+        drawn.append({name: fidelity(others[name], policies, truth) for name in rates})
+    show_draws(drawn)
     parts = {name: where_time_goes(w, policies[:6]) for name, w in workloads.items()}
     show_parts(parts)
     print(f"goals: ratio {GOAL_RATIO:g}, {GOAL_PEAK:.0%} of peak, {GOAL_OUTSIDE:.0%} outside")
     write(
-        "throughput",
+        "throughput" if options.network == "resnet56" else f"throughput-{options.network}",
         options.json,
         {
-            "network": "resnet56",
+            "network": options.network,
             "images": {"calibration": CALIBRATION, "validation": VALIDATION},
             "settings": {n: {"validation": v, **p} for n, (_, v, p) in OURS.items()},
             "precision": settled_precision("auto"),
             "candidates_per_second": rates,
             "ratio": ratios,
             "fidelity": taus,
+            "tau_by_draw": {
+                name: {m: [one[name][m]["tau"] for one in drawn] for m in taus[name]}
+                for name in rates
+            },
             "time": parts,
             "goals": {"ratio": GOAL_RATIO, "peak": GOAL_PEAK, "outside": GOAL_OUTSIDE},
         },

@@ -60,6 +60,14 @@ VARIANTS: dict[str, Variant] = {
             "data.validation": 256,
         },
     ),
+    "compensated-quick": Variant(
+        title="cut, compensate, recalibrate on 64 images, measure on 64 (read its distortion)",
+        changes={
+            "proxy.name": "compensated",
+            "proxy.recalibration_images": 64,
+            "data.validation": 64,
+        },
+    ),
     "patchwise-l1": _proxy("cut by L1 norm, refit by patch", "patchwise", "l1"),
     "patchwise-fast": Variant(
         title="cut, refit by patch, measure on 256 images",
