@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from evosearch.pruning.sampling import pads_with_zeros
 from evosearch.pruning.watching import Watch
 
-__all__ = ["Fused", "Tail", "can_fuse", "convolve", "output_size", "tails_of"]
+__all__ = ["Fused", "Tail", "can_fuse", "convolve", "tails_of"]
 
 _LIBRARY = torch.ops.mkldnn
 
@@ -94,7 +94,7 @@ class _Visited:
 
     def blank(self, x: Tensor) -> Tensor:
         """Stands for the output until the sum; nobody reads it."""
-        size = output_size(self.layer, x) if x.ndim == 4 else ()
+        size = _size(self.layer, x) if x.ndim == 4 else ()
         return x.new_empty(()).expand(len(x), len(self.layer.weight), *size)
 
 
@@ -183,7 +183,7 @@ class Fused:
         return self._rectified.pop(id(tensor), None)
 
 
-def output_size(layer: Any, x: Tensor) -> tuple[int, ...]:
+def _size(layer: Any, x: Tensor) -> tuple[int, ...]:
     """Height and width of a convolution's output."""
     return tuple(
         (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
