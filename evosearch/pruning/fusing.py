@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evosearch.pruning.sampling import pads_with_zeros
+from evosearch.pruning.sampling import output_size, pads_with_zeros
 from evosearch.pruning.watching import Watch
 
 __all__ = ["Fused", "Tail", "can_fuse", "convolve", "tails_of"]
@@ -94,7 +94,7 @@ class _Visited:
 
     def blank(self, x: Tensor) -> Tensor:
         """Stands for the output until the sum; nobody reads it."""
-        size = _size(self.layer, x) if x.ndim == 4 else ()
+        size = output_size(self.layer, x) if x.ndim == 4 else ()
         return x.new_empty(()).expand(len(x), len(self.layer.weight), *size)
 
 
@@ -181,21 +181,6 @@ class Fused:
     def _relu(self, _call: Callable[[], Tensor], tensor: Tensor) -> Tensor | None:
         # Let go of at once: maps that are kept push others out of the cache.
         return self._rectified.pop(id(tensor), None)
-
-
-def _size(layer: Any, x: Tensor) -> tuple[int, ...]:
-    """Height and width of a convolution's output."""
-    return tuple(
-        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for size, padding, dilation, kernel, stride in zip(
-            x.shape[2:],
-            layer.padding,
-            layer.dilation,
-            layer.kernel_size,
-            layer.stride,
-            strict=True,
-        )
-    )
 
 
 @dataclass(eq=False)

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from evosearch.pruning.compensation import loaded_factor
 from evosearch.pruning.cutting import CuttingPlan, on_device
 from evosearch.pruning.folding import Layout
-from evosearch.pruning.sampling import pads_with_zeros
+from evosearch.pruning.sampling import output_size, pads_with_zeros
 from evosearch.pruning.statistics import run_watched, shared_tensor
 
 __all__ = ["Moments", "PatchCompensator", "patch_moments"]
@@ -74,19 +74,6 @@ def _step(height: int, width: int) -> int:
     return step
 
 
-def _output_size(x: Tensor, layer: nn.Conv2d) -> tuple[int, int]:
-    """Height and width of what a convolution returns."""
-    height, width = (
-        (
-            x.shape[2 + i]
-            + 2 * int(layer.padding[i])
-            - layer.dilation[i] * (layer.kernel_size[i] - 1)
-        )
-        for i in range(2)
-    )
-    return (height - 1) // layer.stride[0] + 1, (width - 1) // layer.stride[1] + 1
-
-
 class _PatchHook:
     def __init__(self) -> None:
         self.count = 0
@@ -98,7 +85,7 @@ class _PatchHook:
         if isinstance(module, nn.Conv2d):
             names = ("dilation", "padding", "stride")
             how = {name: getattr(module, name) for name in names}
-            step = _step(*_output_size(x, module))
+            step = _step(*output_size(module, x))
             # One image at a time: all patches of a batch may be many times as large as it.
             rows = torch.cat(
                 [

@@ -8,7 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["Sampler", "drawn_positions", "flat_weight", "pads_with_zeros", "shaped_weight"]
+__all__ = [
+    "Sampler",
+    "drawn_positions",
+    "flat_weight",
+    "output_size",
+    "pads_with_zeros",
+    "shaped_weight",
+]
 
 
 def pads_with_zeros(layer: nn.Module) -> bool:
@@ -17,6 +24,21 @@ def pads_with_zeros(layer: nn.Module) -> bool:
         isinstance(layer, nn.Conv2d)
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
+    )
+
+
+def output_size(layer: Any, x: Tensor) -> tuple[int, ...]:
+    """Height and width of what a convolution as in `pads_with_zeros` returns for `x`."""
+    return tuple(
+        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for size, padding, dilation, kernel, stride in zip(
+            x.shape[2:],
+            layer.padding,
+            layer.dilation,
+            layer.kernel_size,
+            layer.stride,
+            strict=True,
+        )
     )
 
 

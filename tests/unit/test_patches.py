@@ -13,7 +13,6 @@ from evosearch.pruning.cutting import Cutter, CuttingPlan
 from evosearch.pruning.folding import layout_of
 from evosearch.pruning.groups import trace
 from evosearch.pruning.patches import PatchCompensator, patch_moments
-from evosearch.pruning.patches import _output_size as output_size
 from evosearch.pruning.patches import _step as step_of
 
 SIDE = 8
@@ -167,17 +166,6 @@ def test_positions_are_spread_over_all_columns_and_rows(side: int) -> None:
     assert columns.max() - columns.min() <= 1
     if side <= 32:
         assert (np.bincount(read // side, minlength=side) > 0).all()
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("padding", [0, 1])
-@pytest.mark.parametrize("dilation", [1, 2])
-def test_size_of_the_output_is_that_of_the_convolution(
-    stride: int, padding: int, dilation: int
-) -> None:
-    layer = nn.Conv2d(3, 4, (3, 2), stride=stride, padding=padding, dilation=dilation)
-    x = torch.zeros(1, 3, 13, 16)
-    assert output_size(x, layer) == tuple(layer(x).shape[2:])
 
 
 def test_long_patches_are_left_to_the_channels() -> None:

@@ -1,12 +1,19 @@
 """Reading layers at positions: what is read is what the layer computes with."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from evosearch.pruning.sampling import Sampler, drawn_positions, flat_weight, shaped_weight
+from evosearch.pruning.sampling import (
+    Sampler,
+    drawn_positions,
+    flat_weight,
+    output_size,
+    shaped_weight,
+)
 
 sides = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
@@ -62,3 +69,14 @@ def test_outputs_are_a_copy() -> None:
     read = Sampler(None).outputs(output)
     output.zero_()
     assert read.eq(1).all()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_size_of_the_output_is_that_of_the_convolution(
+    stride: int, padding: int, dilation: int
+) -> None:
+    layer = nn.Conv2d(3, 4, (3, 2), stride=stride, padding=padding, dilation=dilation)
+    x = torch.zeros(1, 3, 13, 16)
+    assert output_size(layer, x) == tuple(layer(x).shape[2:])
