@@ -169,7 +169,11 @@ def status(
 def export(
     run: RunPath,
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Ends with .csv .json .parquet .png .safetensors")
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Ends with .csv .json .parquet .png .safetensors; a folder gets all networks",
+        ),
     ],
     everything: Annotated[
         bool, typer.Option("--all", help="Every measurement, not the front alone")
@@ -182,10 +186,10 @@ def export(
     ] = None,
     calibration: Annotated[
         int | None,
-        typer.Option(min=1, help="Training images to prepare it with [as in the search]"),
+        typer.Option(min=1, help="Training images to prepare networks with [as in the search]"),
     ] = None,
 ) -> None:
-    """Write the front of a run as a table or picture, or one of its networks.
+    """Write the front of a run as a table, a picture or networks, or one network of the run.
 
     Example: evosearch export runs/quickstart front.csv
     """
@@ -202,7 +206,7 @@ def export(
     ]
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} exclude each other")
-    typer.echo(export_file(run, file, everything, generation, policy, calibration))
+    typer.echo(export_file(run, file, everything, generation, policy, calibration, typer.echo))
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """The work behind `evosearch export`: which table, picture or network goes into which file."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from evosearch.errors import ConfigError
@@ -35,16 +36,19 @@ def export_file(
     generation: int | None,
     policy: str | None,
     calibration: int | None = None,
+    told: Callable[[str], None] = lambda _: None,
 ) -> str:
-    """Writes one file from a run, also while it is being searched.
+    """Writes one file from a run, or the networks of its front, also while it is being searched.
 
     Args:
         run: Directory of the run.
-        file: Its suffix decides what is written.
+        file: Its suffix decides what is written; a folder, or a name without a suffix, gets all
+            networks of the front.
         everything: Every measurement instead of the front.
         generation: The population after this generation instead of the front.
         policy: First digits of the network to write.
-        calibration: Training images to prepare it with; None for those of the search.
+        calibration: Training images to prepare networks with; None for those of the search.
+        told: Hears of each network of a front that was written.
 
     Returns:
         A sentence for people.
@@ -53,17 +57,26 @@ def export_file(
         ConfigError: The suffix is unknown, or does not go with the options.
         LedgerError: There is no usable run.
     """
-    if file.suffix not in SUFFIXES:
-        raise ConfigError(f"{file} must end with one of {', '.join(SUFFIXES)}")
-    if policy is not None and file.suffix != ".safetensors":
+    folder = file.is_dir() or not file.suffix
+    networks = folder or file.suffix == ".safetensors"
+    if not folder and file.suffix not in SUFFIXES:
+        raise ConfigError(
+            f"{file} must end with one of {', '.join(SUFFIXES)}, or be a folder for the front's "
+            "networks"
+        )
+    if policy is not None and (folder or not networks):
         raise ConfigError("--policy writes a network: FILE must end with .safetensors")
-    if calibration is not None and file.suffix != ".safetensors":
-        raise ConfigError("--calibration prepares a network: FILE must end with .safetensors")
-    if file.suffix in (".png", ".safetensors") and (everything or generation is not None):
+    if calibration is not None and not networks:
+        raise ConfigError(
+            "--calibration prepares networks: FILE must end with .safetensors or be a folder"
+        )
+    if (networks or file.suffix == ".png") and (everything or generation is not None):
         raise ConfigError(f"--all and --generation write tables, {file} is none")
-    if file.suffix == ".safetensors":
-        from evosearch.results.models import export_network
+    if networks:
+        from evosearch.results.networks import export_front, export_network
 
+        if folder:
+            return export_front(run, file, calibration, told)
         return export_network(run, file, policy, calibration)
     with Ledger.open(run) as ledger:
         results = read_results(ledger)

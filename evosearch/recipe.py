@@ -144,7 +144,7 @@ class ProxyRecipe(_Table):
     reconstruction_images: Count = 256
     """The first so many calibration images fit the layers (`reconstructed`)."""
     reconstruction_layers: Literal["cut", "all"] = "all"
-    """Fit every layer, or those that lost inputs; the others get a scale and a shift."""
+    """Fit every layer, or those that lost inputs; the others are left alone."""
     reconstruction_ridge: Annotated[float, Field(ge=0)] = 0.1
     """How strongly fitted weights are held where they were, as a share of the Gram matrix."""
     distillation_steps: Count = 20

@@ -1,4 +1,4 @@
-"""Pruned networks as files that load again: cut, repaired as the proxy does, safetensors.
+"""Pruned networks as files that load again.
 
 The file holds the narrowed tensors, and in its metadata how the dense architecture is made and
 which channel counts were kept. Loading makes the architecture, narrows it to those counts and
@@ -6,8 +6,7 @@ fills it; nothing is unpickled.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from evosearch.assembly import Assembled, assemble
-from evosearch.errors import ConfigError, DataError, NetworkError, PolicyError
-from evosearch.facts import check_same, read_facts
-from evosearch.ledger import Ledger
-from evosearch.measurement import Status
+from evosearch.errors import NetworkError, PolicyError
 from evosearch.networks import (
     InputSpec,
     Network,
@@ -34,12 +29,9 @@ from evosearch.networks import (
 from evosearch.policy import Policy
 from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.groups import trace
-from evosearch.recipe import RunRecipe, change_recipe, explain
-from evosearch.results.front import Row, read_results
-from evosearch.scoring.scorer import Scorer, out_of_memory
-from evosearch.scoring.workload import Workload
+from evosearch.recipe import explain
 
-__all__ = ["export_network", "load_pruned"]
+__all__ = ["load_pruned", "save_pruned"]
 
 
 class _Pruned(BaseModel):
@@ -57,109 +49,45 @@ class _Pruned(BaseModel):
     keep: tuple[int, ...]
 
 
-def _chosen(rows: tuple[Row, ...], digits: str | None, run: Path) -> Row:
-    if not digits:
-        raise ConfigError(
-            f"name the network with --policy; `evosearch export {run} front.csv` lists them"
-        )
-    found = [row for row in rows if row.policy.digest.startswith(digits)]
-    if len(found) != 1:
-        raise ConfigError(
-            f"--policy {digits}: {len(found) or 'no'} measured policies of {run} start like that"
-        )
-    if found[0].status is Status.DROPPED:
-        raise ConfigError(f"--policy {digits}: that policy was dropped: {found[0].reason}")
-    if found[0].status is not Status.OK:
-        raise ConfigError(f"--policy {digits}: that policy failed: {found[0].reason}")
-    return found[0]
-
-
-def _with_more_images(assembled: Assembled, images: int) -> Workload:
-    """The workload whose proxy has that many training images, and cuts the same channels.
-
-    A search is frugal: hundreds of candidates are prepared, and only their order matters. The one
-    that is kept can have all layers fitted, on as many images as one likes.
-    """
-    changes = {
-        "data.calibration": images,
-        "proxy.recalibration_images": images,
-        "proxy.reconstruction_images": images,
-        "proxy.reconstruction_layers": "all",
-    }
-    option = f"--calibration {images}"
-    recipe = change_recipe(assembled.recipe, changes, option)
-    try:
-        found = assemble(recipe).workload
-    except (ConfigError, DataError) as exc:
-        raise ConfigError(f"{option}: {exc}") from exc
-    except (RuntimeError, MemoryError) as exc:
-        if not out_of_memory(exc):
-            raise
-        raise ConfigError(f"{option}: out of memory; name fewer images") from exc
-    known = assembled.workload
-    return replace(found, places=known.places, blends=known.blends)
-
-
-def export_network(
-    run: Path, file: Path, digits: str | None, calibration: int | None = None
-) -> str:
-    """Writes the network of one measured policy, as the proxy left it before measuring.
+def save_pruned(
+    file: Path,
+    module: nn.Module,
+    spec: NetworkSpec,
+    shown: InputSpec,
+    groups: Sequence[tuple[str, int]],
+    policy: Policy,
+    more: Mapping[str, Any],
+) -> None:
+    """Writes a cut network as `load_pruned` reads it.
 
     Args:
-        run: Directory of the run.
-        file: Ends with `.safetensors`.
-        digits: The first digits of the policy's digest.
-        calibration: Training images that it is prepared with; None for those of the search.
-
-    Returns:
-        A sentence for people.
+        file: Ends with `.safetensors`; its folder is made if need be.
+        module: The narrowed network.
+        spec: How the dense architecture is made.
+        shown: What the network takes.
+        groups: Name and channels of each group of the dense network.
+        policy: Channels kept.
+        more: Facts for people, which loading does not need.
 
     Raises:
-        ConfigError: No such policy, or several; or it cannot be prepared with so many images.
-        ConfigMismatch: Network or images are not the ones that were measured.
+        ConfigError: The file cannot have that name.
+        BackendError: The file cannot be written.
     """
-    with Ledger.open(run) as ledger:
-        results = read_results(ledger)
-        recorded = read_facts(ledger)
-        # What the search dropped early, the ladder may have measured in full: the later entry wins.
-        rows = sorted((*results.baseline, *results.rows), key=lambda row: row.status is Status.OK)
-        row = _chosen(tuple({row.policy: row for row in rows}.values()), digits, run)
-    # Where it was searched does not matter any more.
-    assembled = assemble(recorded.recipe.model_copy(update={"run": RunRecipe(workers=0)}))
-    check_same(recorded, assembled.facts(), run)
-    error, note, workload = row.values["error"], "", assembled.workload
-    if calibration is not None:
-        workload = _with_more_images(assembled, calibration)
-        measured = Scorer(workload).score(row.policy)
-        if not measured.ok:
-            raise ConfigError(f"--calibration {calibration}: {measured.reason}")
-        note = f" ({1 - error:.2%} as it was measured in the search)"
-        error = measured.metrics["error"]
-    module = Scorer(workload).network_of(row.policy)
-    spec = workload.spec
     facts = {
         "evosearch": "pruned network",
         "network": spec.name,
         "num_classes": spec.num_classes,
         "arguments": dict(spec.arguments),
-        "shape": assembled.workload.input.shape,
-        "mean": assembled.workload.input.mean,
-        "std": assembled.workload.input.std,
-        "crop_padding": assembled.workload.input.crop_padding,
-        "flip": assembled.workload.input.flip,
-        "groups": recorded.groups,
-        "keep": row.policy.keep,
-        "policy": row.policy.digest,
-        "macs": row.macs,
-        "params": row.params,
-        "validation_error": error,
+        "shape": shown.shape,
+        "mean": shown.mean,
+        "std": shown.std,
+        "crop_padding": shown.crop_padding,
+        "flip": shown.flip,
+        "groups": groups,
+        "keep": policy.keep,
+        "policy": policy.digest,
     }
-    save_weights(file, module, facts)
-    return (
-        f"{file}: {spec.name} with {row.values['macs']:.1%} of the MACs and "
-        f"{row.values['params']:.1%} of the parameters, validation top-1 "
-        f"{1 - error:.2%}{note}"
-    )
+    save_weights(file, module, {**facts, **more})
 
 
 def load_pruned(

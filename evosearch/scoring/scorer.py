@@ -293,6 +293,11 @@ class Scorer:
         """The pruned network that the metrics of a policy belong to; valid until the next call."""
         with single_thread():
             self._proxy.prepare(self, self.keep(policy))
+        return self.network
+
+    @property
+    def network(self) -> nn.Module:
+        """The pruned network of the policy that was scored last; valid until the next call."""
         return self._cutter.network.eval()
 
     def score(self, policy: Policy, race: Race | None = None) -> Measurement:

@@ -141,9 +141,38 @@ def test_an_exported_network_loads_and_does_what_was_measured(cli: Cli, run: Pat
     found = float((outputs.argmax(1).numpy() == images.labels).mean())
     assert f"validation top-1 {found:.2%}" in said
     refused = cli.here("export", "run", "f.csv", "--calibration", "64", code=2).stderr
-    assert "FILE must end with .safetensors" in refused
+    assert "FILE must end with .safetensors or be a folder" in refused
     refused = cli.here("export", "run", "f.safetensors", *more[:3], "9999999", code=2).stderr
     assert "--calibration 9999999: data.calibration = 9999999" in refused
+
+
+def test_the_networks_of_a_front_are_exported_together(cli: Cli, run: Path) -> None:
+    cli.here("export", "run", "front.csv")
+    front = pd.read_csv(cli.folder / "front.csv")
+    said = cli.here("export", "run", "networks").stdout
+    assert f"networks: {len(front)} networks of the front, and front.csv" in said
+    index = pd.read_csv(cli.folder / "networks" / "front.csv")
+    pd.testing.assert_frame_equal(index.drop(columns="file"), front)
+    for row in index.itertuples():
+        network = evosearch.load_pruned(cli.folder / "networks" / str(row.file))
+        assert sum(p.numel() for p in network.parameters()) == row.params_count
+
+    # With more images they are other networks, and the table says how those do.
+    cli.here("export", "run", "networks", "--calibration", "600")
+    better = pd.read_csv(cli.folder / "networks" / "front.csv")
+    pd.testing.assert_frame_equal(better[list(index)], index)
+    last = better.iloc[-1]
+    one = ("export", "run", "one.safetensors", "--policy", last.policy, "--calibration", "600")
+    assert f"validation top-1 {1 - last['prepared:error']:.2%}" in cli.here(*one).stdout
+    files = cli.folder / "one.safetensors", cli.folder / "networks" / last.file
+    states = (evosearch.load_pruned(file).state_dict().values() for file in files)
+    assert all(torch.equal(alone, among) for alone, among in zip(*states, strict=True))
+
+    for option in (("--all",), ("--generation", "1")):
+        refused = cli.here("export", "run", "networks", *option, code=2).stderr
+        assert "write tables, networks is none" in refused
+    refused = cli.here("export", "run", "networks", "--policy", last.policy, code=2).stderr
+    assert "FILE must end with .safetensors" in refused
 
 
 def test_profile_predicts_before_anything_is_searched(cli: Cli, recipe: Callable[..., str]) -> None:

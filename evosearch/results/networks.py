@@ -1,0 +1,205 @@
+"""Networks of a run: cut, prepared as the proxy does, written as files that load again."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from evosearch.assembly import Assembled, assemble
+from evosearch.errors import ConfigError, DataError
+from evosearch.facts import check_same, read_facts
+from evosearch.ledger import Ledger
+from evosearch.measurement import METRICS, Status
+from evosearch.recipe import RunRecipe, change_recipe
+from evosearch.results.export import Records, export, front_records
+from evosearch.results.front import Results, Row, read_results
+from evosearch.results.models import save_pruned
+from evosearch.scoring.scorer import Scorer, out_of_memory
+from evosearch.scoring.workload import Workload
+
+__all__ = ["INDEX", "export_front", "export_network"]
+
+INDEX = "front.csv"
+"""The table beside the networks of a front."""
+
+
+def _chosen(rows: tuple[Row, ...], digits: str | None, run: Path) -> Row:
+    if not digits:
+        raise ConfigError(
+            f"name the network with --policy; `evosearch export {run} front.csv` lists them"
+        )
+    found = [row for row in rows if row.policy.digest.startswith(digits)]
+    if len(found) != 1:
+        raise ConfigError(
+            f"--policy {digits}: {len(found) or 'no'} measured policies of {run} start like that"
+        )
+    if found[0].status is Status.DROPPED:
+        raise ConfigError(f"--policy {digits}: that policy was dropped: {found[0].reason}")
+    if found[0].status is not Status.OK:
+        raise ConfigError(f"--policy {digits}: that policy failed: {found[0].reason}")
+    return found[0]
+
+
+def _with_more_images(assembled: Assembled, images: int) -> Workload:
+    """The workload whose proxy has that many training images, and cuts the same channels.
+
+    A search is frugal: hundreds of candidates are prepared, and only their order matters. The one
+    that is kept can have all layers fitted, on as many images as one likes.
+    """
+    changes = {
+        "data.calibration": images,
+        "proxy.recalibration_images": images,
+        "proxy.reconstruction_images": images,
+        "proxy.reconstruction_layers": "all",
+    }
+    option = f"--calibration {images}"
+    recipe = change_recipe(assembled.recipe, changes, option)
+    try:
+        found = assemble(recipe).workload
+    except (ConfigError, DataError) as exc:
+        raise ConfigError(f"{option}: {exc}") from exc
+    except (RuntimeError, MemoryError) as exc:
+        if not out_of_memory(exc):
+            raise
+        raise ConfigError(f"{option}: out of memory; name fewer images") from exc
+    known = assembled.workload
+    return replace(found, places=known.places, blends=known.blends)
+
+
+class _Writer:
+    """Prepares and writes one network after another of a run.
+
+    Raises:
+        ConfigError: They cannot be prepared with so many images.
+        ConfigMismatch: Network or images are not the ones that were measured.
+    """
+
+    def __init__(self, run: Path, ledger: Ledger, calibration: int | None) -> None:
+        recorded = read_facts(ledger)
+        # Where it was searched does not matter any more.
+        assembled = assemble(recorded.recipe.model_copy(update={"run": RunRecipe(workers=0)}))
+        check_same(recorded, assembled.facts(), run)
+        self._groups = recorded.groups
+        self._calibration = calibration
+        self._workload = assembled.workload
+        if calibration is not None:
+            self._workload = _with_more_images(assembled, calibration)
+        self._scorer = Scorer(self._workload)
+
+    @property
+    def network(self) -> str:
+        """Name of the dense network."""
+        return self._workload.spec.name
+
+    def write(self, row: Row, file: Path) -> Mapping[str, float]:
+        """Writes the network of a measured policy; returns its metrics on the validation images.
+
+        They are measured again if it is prepared with other images than it was in the search.
+        """
+        metrics: Mapping[str, float]
+        if self._calibration is None:
+            module = self._scorer.network_of(row.policy)
+            metrics = {name: row.values[name] for name in METRICS}
+        else:
+            measured = self._scorer.score(row.policy)
+            if not measured.ok:
+                raise ConfigError(
+                    f"--calibration {self._calibration}: {row.policy.digest}: {measured.reason}"
+                )
+            module, metrics = self._scorer.network, measured.metrics
+        costs: dict[str, Any] = {"macs": row.macs, "params": row.params}
+        save_pruned(
+            file,
+            module,
+            self._workload.spec,
+            self._workload.input,
+            self._groups,
+            row.policy,
+            {**costs, "validation_error": metrics["error"]},
+        )
+        return metrics
+
+
+def export_network(
+    run: Path, file: Path, digits: str | None, calibration: int | None = None
+) -> str:
+    """Writes the network of one measured policy, as the proxy left it before measuring.
+
+    Args:
+        run: Directory of the run.
+        file: Ends with `.safetensors`.
+        digits: The first digits of the policy's digest.
+        calibration: Training images that it is prepared with; None for those of the search.
+
+    Returns:
+        A sentence for people.
+
+    Raises:
+        ConfigError: No such policy, or several; or it cannot be prepared with so many images.
+        ConfigMismatch: Network or images are not the ones that were measured.
+    """
+    with Ledger.open(run) as ledger:
+        results = read_results(ledger)
+        # What the search dropped early, the ladder may have measured in full: the later entry wins.
+        rows = sorted((*results.baseline, *results.rows), key=lambda row: row.status is Status.OK)
+        row = _chosen(tuple({row.policy: row for row in rows}.values()), digits, run)
+        writer = _Writer(run, ledger, calibration)
+    found = 1 - writer.write(row, file)["error"]
+    searched = 1 - row.values["error"]
+    note = f" ({searched:.2%} as it was measured in the search)" if calibration is not None else ""
+    return (
+        f"{file}: {writer.network} with {row.values['macs']:.1%} of the MACs and "
+        f"{row.values['params']:.1%} of the parameters, validation top-1 {found:.2%}{note}"
+    )
+
+
+def export_front(
+    run: Path,
+    folder: Path,
+    calibration: int | None = None,
+    told: Callable[[str], None] = lambda _: None,
+) -> str:
+    """Writes every network of the front, `DIGEST.safetensors`, and a table of them, `front.csv`.
+
+    The table has the columns of the front's, the name of each file, and, where networks are
+    prepared with other images than in the search, their metrics on the validation images
+    (`prepared:error` and so on). It is written last: where it is, the networks that it names are.
+
+    Args:
+        run: Directory of the run.
+        folder: Is made if need be.
+        calibration: Training images that they are prepared with; None for those of the search.
+        told: Hears of each network that was written.
+
+    Returns:
+        A sentence for people.
+
+    Raises:
+        ConfigError: Nothing was measured yet, or a network cannot be prepared with so many images.
+        ConfigMismatch: Network or images are not the ones that were measured.
+    """
+    with Ledger.open(run) as ledger:
+        results = read_results(ledger)
+        if not results.front:
+            raise ConfigError(f"{run} has no front yet: nothing was measured")
+        writer = _Writer(run, ledger, calibration)
+    prepared: list[Mapping[str, float]] = []
+    for count, row in enumerate(results.front, 1):
+        file = folder / f"{row.policy.digest}.safetensors"
+        prepared.append(writer.write(row, file))
+        told(f"{count} of {len(results.front)}: {file}")
+    export(_index(results, prepared if calibration is not None else []), folder / INDEX)
+    least = "" if results.feasible else ", the least violating ones, as none is feasible"
+    return f"{folder}: {len(results.front)} networks of the front{least}, and {INDEX}"
+
+
+def _index(results: Results, prepared: list[Mapping[str, float]]) -> Records:
+    """The front's table, with files, and with metrics of networks that were prepared anew."""
+    front = front_records(results)
+    names = tuple(f"prepared:{name}" for name in METRICS) if prepared else ()
+    rows = []
+    for index, row in enumerate(front.rows):
+        file = {"file": f"{row['policy']}.safetensors"}
+        anew = {f"prepared:{key}": value for key, value in prepared[index].items()} if names else {}
+        rows.append({**row, **file, **anew})
+    return Records(("file", *names, *front.columns), tuple(rows))
