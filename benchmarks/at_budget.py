@@ -1,0 +1,261 @@
+"""Ways to find a policy that spends a share of a published ResNet's MACs, and how it is prepared.
+
+A policy is chosen by error, margin, divergence or distortion on validation images, of the last
+5,000 training images; the published networks saw them in training, which flatters all methods
+alike. `quick` searches score with a fifth of the images and time, and get five times the
+evaluations.
+"""
+
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import images
+
+from evosearch.assembly import Assembled, as_trained, assemble
+from evosearch.data import Images
+from evosearch.ledger import Ledger
+from evosearch.measurement import Measurement
+from evosearch.policy import Policy
+from evosearch.recipe import load_recipe
+from evosearch.results.front import read_results
+from evosearch.run import launch
+from evosearch.scoring.workload import Workload, prepare_workload
+
+Key = tuple[str, float, int]
+"""Method, budget and seed."""
+
+L1 = {"proxy.name": "recalibrated", "proxy.criterion": "l1"}
+COMPENSATED = {"proxy.name": "compensated", "proxy.criterion": "residual-energy"}
+RECONSTRUCTED = {"proxy.name": "reconstructed", "proxy.criterion": "residual-energy"}
+QUICK = {
+    **RECONSTRUCTED,
+    "proxy.reconstruction_layers": "cut",
+    "proxy.reconstruction_images": 64,
+    "data.validation": 64,
+}
+RANDOM = {"search.algorithm": "random", "search.seed_share": 0.0}
+SURROGATE = {"search.algorithm": "surrogate", "search.population": 8}
+DISTORTION, ERROR, MARGIN = (
+    {"search.objectives": [metric]} for metric in ("distortion", "error", "margin")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How a policy is found, and its network prepared.
+
+    Args:
+        proxy: How policies are scored.
+        search: Who asks; None for the one uniform policy.
+        final: The proxy that prepares the chosen policy.
+        longer: Times as many evaluations as the others get.
+    """
+
+    proxy: Mapping[str, Any]
+    search: Mapping[str, Any] | None = None
+    final: Mapping[str, Any]
+    longer: int = 1
+
+
+METHODS = {
+    "uniform, L1, recalibrated": Method(proxy=L1, final=L1),
+    "uniform, compensated": Method(proxy=COMPENSATED, final=COMPENSATED),
+    "uniform, reconstructed": Method(proxy=RECONSTRUCTED, final=RECONSTRUCTED),
+    "random best, L1, recalibrated": Method(proxy=L1, search=RANDOM, final=L1),
+    "random best, reconstructed": Method(proxy=RECONSTRUCTED, search=RANDOM, final=RECONSTRUCTED),
+    "searched, divergence": Method(proxy=RECONSTRUCTED, search=SURROGATE, final=RECONSTRUCTED),
+    "searched, error": Method(
+        proxy=RECONSTRUCTED, search={**SURROGATE, **ERROR}, final=RECONSTRUCTED
+    ),
+    "searched, margin": Method(
+        proxy=RECONSTRUCTED, search={**SURROGATE, **MARGIN}, final=RECONSTRUCTED
+    ),
+    "searched, distortion": Method(
+        proxy=RECONSTRUCTED, search={**SURROGATE, **DISTORTION}, final=RECONSTRUCTED
+    ),
+    "searched, distortion, quick": Method(
+        proxy=QUICK, search={**SURROGATE, **DISTORTION}, final=RECONSTRUCTED, longer=5
+    ),
+}
+RECIPE = """
+[network]
+mean = [0.485, 0.456, 0.406]
+std = [0.229, 0.224, 0.225]
+[data]
+official_order = true
+held_out = 5000
+calibration = 500
+validation = 512
+[space]
+name = "layer-sparsity"
+[search]
+objectives = ["divergence"]
+population = 24
+baseline = 0
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A policy that a method found.
+
+    Args:
+        policy: It.
+        value: The objective's value that it was chosen by; None for uniform ratios.
+    """
+
+    policy: Policy
+    value: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A published network, its images, and a recipe that names both.
+
+    Args:
+        recipe: The file, to be changed by a method.
+        common: Changes that all methods share.
+        train: All training images.
+        test: All test images.
+    """
+
+    recipe: Path
+    common: Mapping[str, Any]
+    train: Images
+    test: Images
+
+    def assembled(self, changes: Mapping[str, Any]) -> Assembled:
+        """The objects of the recipe with a method's changes."""
+        return assemble(load_recipe(str(self.recipe), (), {**self.common, **changes}))
+
+
+@contextmanager
+def setting(data: Path, network: str, workers: int) -> Iterator[Setting]:
+    """A setting in a folder that lasts as long as the context."""
+    train, test = (images(data, f"cifar10_{part}") for part in ("train", "test"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part, found in (("train", train), ("test", test)):
+            np.savez(folder / f"{part}.npz", images=found.pixels, labels=found.labels)
+        recipe = folder / "at_budget.toml"
+        recipe.write_text(RECIPE)
+        common = {
+            "network.name": network,
+            "network.weights": str(data / "weights" / f"{network}_cifar10.pt"),
+            "data.name": str(folder / "train.npz"),
+            "data.test": str(folder / "test.npz"),
+            "run.workers": workers,
+        }
+        yield Setting(recipe=recipe, common=common, train=train, test=test)
+
+
+class Silent:
+    """Watches and says nothing."""
+
+    def phase(self, text: str) -> None:
+        """A new phase has begun."""
+
+    def landed(self, track: str, measurement: Measurement, count: int, budget: int) -> None:
+        """A measurement landed."""
+
+
+def uniform(assembled: Assembled, share: float) -> Policy:
+    """The ladder's policy with the most MACs within a budget."""
+    space, table = assembled.space, assembled.workload.plan.table
+    policies = space.decode(space.ladder(10**6))
+    macs, _ = table.costs_of(policies)
+    fits = np.flatnonzero(macs <= share * table.dense_costs[0])
+    return policies[int(fits[np.argmax(macs[fits])])]
+
+
+def searched(where: Setting, changes: Mapping[str, Any], folder: Path, share: float) -> Chosen:
+    """The feasible policy that is best by the search's objective."""
+    changes = {
+        **where.common,
+        **changes,
+        "space.project_onto": {"macs": share},
+        "search.constraints": [f"macs <= {share}"],
+    }
+    loaded = load_recipe(str(where.recipe), (), changes)
+    launch(loaded, folder, Silent())
+    objective = loaded.search.objectives[0]
+    with Ledger.open(folder) as ledger:
+        rows = [row for row in read_results(ledger).rows if not row.violation and row.values]
+    best = min(rows, key=lambda row: row.values[objective])
+    return Chosen(policy=best.policy, value=best.values[objective])
+
+
+def choose(
+    where: Setting, methods: Sequence[str], shares: Sequence[float], seeds: int, evaluations: int
+) -> dict[Key, Chosen]:
+    """The policy of each method, share and seed; uniform ratios have one seed."""
+    chosen: dict[Key, Chosen] = {}
+    for share, name, seed in itertools.product(shares, methods, range(seeds)):
+        key, method = (name, share, seed), METHODS[name]
+        if method.search is None:
+            if not seed:
+                policy = uniform(where.assembled(method.proxy), share)
+                chosen[key] = Chosen(policy=policy, value=None)
+            continue
+        start = time.perf_counter()
+        changes = {
+            **method.proxy,
+            **method.search,
+            "search.seed": seed,
+            "search.evaluations": method.longer * evaluations,
+        }
+        run = where.recipe.parent / f"run-{len(chosen)}"
+        chosen[key] = searched(where, changes, run, share)
+        seconds = time.perf_counter() - start
+        print(
+            f"{share:.0%} {name}, seed {seed}: {chosen[key].value:.4f} in {seconds:.0f} s",
+            flush=True,
+        )
+    return chosen
+
+
+def chosen_before(file: Path) -> dict[Key, Chosen]:
+    """The policies in a JSON that `one_shot.py` or `fine_tuned.py` wrote."""
+    rows = json.loads(file.read_text())["rows"]
+    return {
+        (row["method"], row["share"], row["seed"]): Chosen(
+            policy=Policy(tuple(row["policy"])), value=row["chosen_by"]
+        )
+        for row in rows
+    }
+
+
+def by_final(chosen: Mapping[Key, Chosen]) -> list[tuple[Mapping[str, Any], dict[Key, Chosen]]]:
+    """What was chosen, together where it is prepared in the same way."""
+    parts: list[tuple[Mapping[str, Any], dict[Key, Chosen]]] = []
+    for proxy in (L1, COMPENSATED, RECONSTRUCTED):
+        mine = {key: value for key, value in chosen.items() if METHODS[key[0]].final is proxy}
+        if mine:
+            parts.append((proxy, mine))
+    return parts
+
+
+def final_workload(where: Setting, assembled: Assembled, images: int, measured: Images) -> Workload:
+    """A search's workload with that many images to prepare networks, and others to measure them."""
+    searched = assembled.workload
+    calibration = as_trained(where.train.take(np.arange(images)), searched.network(), 0)
+    settings = replace(searched.settings, reconstruction_images=images)
+    workload = prepare_workload(searched.network(), searched.plan, settings, calibration, measured)
+    # The same channels go as in the search, as in `evosearch export --calibration`.
+    return replace(workload, places=searched.places)
+
+
+def mean_and_range(values: Sequence[float], digits: int) -> str:
+    """Of some seeds."""
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
