@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from common import images
 
-from evosearch.assembly import Assembled, as_trained, assemble
+from evosearch.assembly import Assembled, assemble
 from evosearch.data import Images
 from evosearch.ledger import Ledger
+from evosearch.materials import as_trained
 from evosearch.measurement import Measurement
 from evosearch.policy import Policy
 from evosearch.recipe import load_recipe

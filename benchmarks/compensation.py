@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from common import images, parser, published, show, write
 
-from evosearch.assembly import as_trained
 from evosearch.data import Images
+from evosearch.materials import as_trained
 from evosearch.networks import Network
 from evosearch.policy import Policy
 from evosearch.pruning.cutting import CuttingPlan

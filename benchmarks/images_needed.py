@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau
 from torch import Tensor
 
-from evosearch.assembly import as_trained
 from evosearch.data import balanced_subset
+from evosearch.materials import as_trained
 from evosearch.pruning.groups import trace
 from evosearch.scoring.proxies import ProxySettings
 from evosearch.scoring.scorer import Scorer

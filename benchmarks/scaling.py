@@ -35,7 +35,7 @@ import numpy as np
 from common import parser, show, write
 from numpy.typing import NDArray
 
-from evosearch.assembly import Assembled, algorithm_of, assemble, snapshot_stamp
+from evosearch.assembly import Assembled, algorithm_of, assemble
 from evosearch.ledger import Ledger
 from evosearch.measurement import METRICS, Measurement, Status
 from evosearch.policy import Policy
@@ -46,6 +46,7 @@ from evosearch.scoring.racing import NO_RACES, Race, Races
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.simulation import Fate, RealClock, SimulatedCluster
 from evosearch.search import Scoring, Search
+from evosearch.snapshots import snapshot_stamp
 
 POPULATION = 512
 TIMEOUT_S = 600.0

@@ -36,8 +36,9 @@ from common import RESULTS, ROOT, images, parser, published, show, write
 from numpy.typing import NDArray
 
 from evosearch.algorithms import AlgorithmSettings, make_algorithm
-from evosearch.assembly import as_trained, foresight_of
+from evosearch.assembly import foresight_of
 from evosearch.data import Images, open_source
+from evosearch.materials import as_trained
 from evosearch.measurement import METRICS, Measurement
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.pareto import front_mask, hypervolume

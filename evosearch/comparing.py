@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evosearch.assembly import network_and_images
 from evosearch.errors import ConfigError
 from evosearch.files import write_atomically
+from evosearch.materials import network_and_images
 from evosearch.pruning.blending import cluster, cluster_groups, spearman
 from evosearch.pruning.criteria import applicable_criteria, channel_scores
 from evosearch.pruning.groups import trace

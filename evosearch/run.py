@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from evosearch.assembly import Assembled, algorithm_of, assemble, pool_settings, snapshot_stamp
+from evosearch.assembly import Assembled, algorithm_of, assemble, pool_settings
 from evosearch.checking import check_front
 from evosearch.errors import BudgetUnreachable, ConfigError, ConfigMismatch, RunExists
 from evosearch.facts import RunFacts, check_same, read_facts
@@ -26,6 +26,7 @@ from evosearch.recipe import Recipe, load_recipe
 from evosearch.results.export import export, front_records
 from evosearch.results.front import Results, read_results
 from evosearch.search import BASELINE, SEARCH, Outcome, Scoring, Search
+from evosearch.snapshots import snapshot_stamp
 
 __all__ = ["Finished", "Observer", "StopSignal", "launch", "new_run_directory", "resume"]
 

@@ -5,12 +5,19 @@ the digit, and everything in it could be had again by replaying the ledger, whic
 otherwise.
 """
 
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import platform
 import time
+from pathlib import Path
 
 from evosearch.algorithms import Algorithm, Resumable, State
 from evosearch.ledger import Ledger, Snapshot
+from evosearch.space import SearchSpace
 
-__all__ = ["EVERY_S", "Snapshots"]
+__all__ = ["EVERY_S", "Snapshots", "snapshot_stamp", "versions"]
 
 # A kill costs the breeding of so many seconds; writing takes at most such a share of the time.
 EVERY_S = 5.0
@@ -71,3 +78,21 @@ class Snapshots:
         ended = time.monotonic()
         if self._every_s:
             self._due = ended + max(self._every_s, (ended - begun) / _SHARE)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries on which results may depend."""
+    names = (
+        *("evosearch", "torch", "torch-pruning", "ray", "numpy", "scipy"),
+        *("pymoo", "moocore"),  # moocore ranks for pymoo
+    )
+    libraries = {name: importlib.metadata.version(name) for name in names}
+    return libraries | {"python": platform.python_version()}
+
+
+def snapshot_stamp(space: SearchSpace) -> str:
+    """What must be the same for a snapshot of a search to be used: versions, and our own code."""
+    package = Path(__file__).parent
+    sources = [*sorted(package.rglob("*.py")), Path(inspect.getfile(type(space)))]
+    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    return json.dumps({**versions(), "code": code}, sort_keys=True)

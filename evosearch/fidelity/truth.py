@@ -20,9 +20,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from evosearch.assembly import source_of
 from evosearch.data import DataSource, ImagePool, Images, balanced_subset
 from evosearch.errors import BackendError, ConfigError, DataError, EvosearchError
+from evosearch.materials import source_of
 from evosearch.networks import Network
 from evosearch.policy import Policy
 from evosearch.recipe import Recipe

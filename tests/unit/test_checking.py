@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evosearch.assembly import Assembled, assemble, network_and_images
+from evosearch.assembly import Assembled, assemble
 from evosearch.checking import check_front
 from evosearch.errors import DataError
 from evosearch.ledger import Ledger
+from evosearch.materials import network_and_images
 from evosearch.measurement import Measurement, Terms
 from evosearch.recipe import Recipe, check_recipe
 from evosearch.results.front import Results, read_results
