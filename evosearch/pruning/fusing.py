@@ -70,6 +70,15 @@ def convolve(layer: Any, x: Tensor, other: Tensor | None = None, *, relu: bool =
     return summed
 
 
+def _has_one_layout(maps: Tensor) -> bool:
+    """Whether strides tell how maps lie in memory: not with one channel, or one place.
+
+    The library refuses to add some of those (torch 2.14 in bfloat16 alone, torch 2.11 many).
+    """
+    _, channels, *size = maps.shape
+    return channels > 1 and any(extent > 1 for extent in size)
+
+
 Prepare = Callable[[str, Tensor, Tensor | None], Tensor | None]
 """Called before a convolution runs, with its name, its input, and what its output is added to."""
 
@@ -171,7 +180,7 @@ class Fused:
 
     def _sum(self, func: Any, visited: _Visited, x: Tensor, other: Tensor) -> Tensor:
         output = self._prepare(visited.name, x, other) if self._prepare else None
-        if output is None and visited.tail in _SUMS:
+        if output is None and visited.tail in _SUMS and _has_one_layout(other):
             rectifies = visited.tail == Tail.ADD_RELU
             added = convolve(visited.layer, x, other, relu=rectifies)
             return self._noted(added) if rectifies else added

@@ -1,5 +1,6 @@
 """Sums and ReLUs that convolutions do on the way: found where they are, and nowhere else."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.pruning import folding
 from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.folding import FastCopy, layout_of
-from evosearch.pruning.fusing import Tail, can_fuse, tails_of
+from evosearch.pruning.fusing import Fused, Tail, can_fuse, tails_of
 from evosearch.pruning.groups import trace
 
 CPU = torch.device("cpu")
@@ -159,6 +160,36 @@ def test_sum_behind_a_grouped_convolution_is_left_to_torch() -> None:
         fast.update(network.module)
         with torch.inference_mode():
             fast.module(network.example(4).to(dtype))
+
+
+class Narrow(nn.Module):
+    """A block on a stream, both perhaps a single channel wide."""
+
+    def __init__(self, stream: int, inner: int, kernel: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(stream, inner, kernel, padding=kernel // 2)
+        self.second = nn.Conv2d(inner, stream, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(n, stream, h, w)` to itself."""
+        return F.relu(self.second(F.relu(self.first(x))) + x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_cut_to_one_channel_or_place_computes_the_same(dtype: torch.dtype) -> None:
+    # Strides of such maps tell no layout, and the library refuses to add some of them.
+    if not can_fuse(CPU, dtype):
+        pytest.skip("no bfloat16 here")
+    torch.manual_seed(0)
+    tails = {"first": Tail.RELU, "second": Tail.ADD_RELU}
+    shapes = itertools.product((1, 2), (1, 3, 16), (1, 3, 16), (1, 3), [(1, 1), (1, 3), (4, 4)])
+    for n, stream, inner, kernel, size in shapes:
+        module = Narrow(stream, inner, kernel).to(dtype, memory_format=torch.channels_last)
+        x = torch.randn(n, stream, *size).to(dtype, memory_format=torch.channels_last)
+        with torch.inference_mode():
+            wanted = module(x)
+            Fused(module, tails)
+            torch.testing.assert_close(module(x), wanted, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize(
