@@ -11,15 +11,17 @@ References:
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evosearch.algorithms.options import check_range
 from evosearch.errors import ConfigError
 from evosearch.policy import Policy
 from evosearch.space import LevelledSpace, SearchSpace
 
-__all__ = ["LevelMoves"]
+__all__ = ["LevelMoves", "MoveOptions"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -28,14 +30,30 @@ IntArray = NDArray[np.int64]
 _HALVINGS = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class MoveOptions:
+    """Options of all that moves by levels.
+
+    Args:
+        flips: Most genes that go up, and most that go down, in a move.
+        reach: Longest move of a gene, as a share of its levels.
+    """
+
+    flips: int = 3
+    reach: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_range("flips", self.flips, 1, 1000)
+        check_range("reach", self.reach, 0, 1)
+
+
 class LevelMoves:
     """Varies genomes by levels.
 
     Args:
         space: What genomes mean; its genes must have levels.
         cost: `(n,)` of policies: the budget that switches keep.
-        flips: Most genes that go up, and most that go down, in one switch.
-        reach: Longest step, as a share of a gene's levels.
+        options: How far a move goes.
 
     Raises:
         ConfigError: The space has no levels.
@@ -45,9 +63,7 @@ class LevelMoves:
         self,
         space: SearchSpace,
         cost: Callable[[list[Policy]], FloatArray],
-        *,
-        flips: int,
-        reach: float,
+        options: MoveOptions,
     ) -> None:
         if not isinstance(space, LevelledSpace):
             raise ConfigError(
@@ -56,7 +72,7 @@ class LevelMoves:
             )
         self._space = space
         self._cost = cost
-        self._flips = flips
+        self._flips = int(options.flips)
         levels = space.levels()
         self.top: IntArray = np.array([len(values) - 1 for values in levels], dtype=np.int64)
         """`(n_genes,)` highest index of each gene."""
@@ -64,7 +80,7 @@ class LevelMoves:
         for gene, values in enumerate(levels):
             self._values[gene, : len(values)] = values
         self._genes = np.arange(len(levels))
-        self._reach = np.maximum(1.0, reach * self.top)
+        self._reach = np.maximum(1.0, options.reach * self.top)
 
     def genomes(self, indices: IntArray) -> FloatArray:
         """`(n, n_genes)` genomes of as many level indices."""

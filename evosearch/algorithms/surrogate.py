@@ -24,7 +24,7 @@ from evosearch.algorithms.baselines import Survivors
 from evosearch.algorithms.forecast import Forecaster, Told
 from evosearch.algorithms.foresight import Foresight
 from evosearch.algorithms.improvement import Improvement
-from evosearch.algorithms.levels import LevelMoves
+from evosearch.algorithms.levels import LevelMoves, MoveOptions
 from evosearch.algorithms.options import check_range
 from evosearch.pareto import total_violation
 from evosearch.policy import Policy
@@ -42,7 +42,7 @@ _PARENTS, _FINALISTS = 4, 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class SurrogateOptions:
+class SurrogateOptions(MoveOptions):
     """Options of `surrogate`.
 
     Args:
@@ -50,24 +50,20 @@ class SurrogateOptions:
         generations: Generations bred on the model before each ask.
         offspring: Offspring per such generation, for each genome that is asked.
         points: Most measurements that the model is fitted to.
-        flips: Most genes that go up, and most that go down, in a move.
-        reach: Longest move of a gene, as a share of its levels.
+        flips, reach: See `MoveOptions`.
     """
 
     explore: float = 0.25
     generations: int = 8
     offspring: int = 8
     points: int = 300
-    flips: int = 3
-    reach: float = 0.3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("explore", self.explore, 0, 1)
         check_range("generations", self.generations, 1, 1000)
         check_range("offspring", self.offspring, 1, 1000)
         check_range("points", self.points, 10, 2000)
-        check_range("flips", self.flips, 1, 1000)
-        check_range("reach", self.reach, 0, 1)
 
 
 class SurrogateSearch(Survivors):
@@ -96,12 +92,7 @@ class SurrogateSearch(Survivors):
         self._options = options
         self._space = space
         self._foresight = foresight
-        self._moves = LevelMoves(
-            space,
-            lambda policies: foresight(policies).cost,
-            flips=int(options.flips),
-            reach=options.reach,
-        )
+        self._moves = LevelMoves(space, lambda policies: foresight(policies).cost, options)
         self._forecaster = Forecaster(space, foresight)
         self._rng = np.random.default_rng(seed)
         self._initial: FloatArray | None = initial.copy()

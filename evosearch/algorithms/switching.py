@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from evosearch.algorithms.base import State, generator_in, generator_state
 from evosearch.algorithms.baselines import Survivors
 from evosearch.algorithms.foresight import Foresight
-from evosearch.algorithms.levels import LevelMoves
+from evosearch.algorithms.levels import LevelMoves, MoveOptions
 from evosearch.algorithms.options import check_range
 from evosearch.policy import Policy
 from evosearch.space import SearchSpace
@@ -32,26 +32,22 @@ _TRIES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwitchingOptions:
+class SwitchingOptions(MoveOptions):
     """Options of `level-switch`.
 
     Args:
         switch: Share of offspring that keep their parent's budget; the others take steps.
         crossover: Share of offspring whose genes come from two parents before they move.
-        flips: Most genes that go up, and most that go down, in a move.
-        reach: Longest move of a gene, as a share of its levels.
+        flips, reach: See `MoveOptions`.
     """
 
     switch: float = 0.6
     crossover: float = 0.3
-    flips: int = 3
-    reach: float = 0.3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("switch", self.switch, 0, 1)
         check_range("crossover", self.crossover, 0, 1)
-        check_range("flips", self.flips, 1, 1000)
-        check_range("reach", self.reach, 0, 1)
 
 
 class LevelSwitching(Survivors):
@@ -79,12 +75,7 @@ class LevelSwitching(Survivors):
         super().__init__(len(initial), n_objectives, n_constraints)
         self._options = options
         self._space = space
-        self._moves = LevelMoves(
-            space,
-            lambda policies: foresight(policies).cost,
-            flips=int(options.flips),
-            reach=options.reach,
-        )
+        self._moves = LevelMoves(space, lambda policies: foresight(policies).cost, options)
         self._rng = np.random.default_rng(seed)
         self._initial: FloatArray | None = initial.copy()
         # With a genome of each, to write down.

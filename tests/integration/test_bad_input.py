@@ -23,7 +23,7 @@ SETTINGS = [
     ("search.constraints=['macs <= 0.001']", r"macs <= 0.001 is out of reach; .*0\.\d+ to 1\.0"),
     ("search.algorithm=annealing", r"search.algorithm: no 'annealing'; there are de, nsga2"),
     ("search.algorithm=de", r"de takes one objective, got 2; .* use nsga2"),
-    ("search.options={cr=0.5}", r"search.options.cr: unknown for surrogate; it has explore"),
+    ("search.options={cr=0.5}", r"search.options.cr: unknown for surrogate; it has flips"),
     (
         "space.name=hyperbolic",
         r"space.name: no search space 'hyperbolic'; there are criterion-blend, lay",

@@ -12,7 +12,7 @@ from evosearch.algorithms.adaptive import SelfAdaptive
 from evosearch.algorithms.forecast import Forecaster, Told
 from evosearch.algorithms.gaussian import GaussianProcess
 from evosearch.algorithms.improvement import Improvement
-from evosearch.algorithms.levels import LevelMoves
+from evosearch.algorithms.levels import LevelMoves, MoveOptions
 from evosearch.errors import ConfigError
 from evosearch.pareto import hypervolume
 from evosearch.policy import Policy
@@ -79,7 +79,7 @@ def volume(name: str, seed: int, evaluations: int, **options: object) -> float:
 
 
 def moves(**changes: object) -> LevelMoves:
-    return LevelMoves(space(), lambda p: foresight(p).cost, **{"flips": 3, "reach": 0.3, **changes})
+    return LevelMoves(space(), lambda p: foresight(p).cost, MoveOptions(**changes))
 
 
 def some_levels(n: int = 64) -> NDArray[np.int64]:
