@@ -8,6 +8,7 @@ from typing import Any
 from evosearch.assembly import Assembled, assemble
 from evosearch.errors import ConfigError, DataError
 from evosearch.facts import check_same, read_facts
+from evosearch.files import make_parent
 from evosearch.ledger import Ledger
 from evosearch.measurement import METRICS, Status
 from evosearch.recipe import RunRecipe, change_recipe
@@ -175,14 +176,18 @@ def export_front(
         A sentence for people.
 
     Raises:
-        ConfigError: Nothing was measured yet, or a network cannot be prepared with so many images.
+        ConfigError: Nothing was measured yet, the folder cannot be made, or a network cannot be
+            prepared with so many images.
         ConfigMismatch: Network or images are not the ones that were measured.
     """
     with Ledger.open(run) as ledger:
         results = read_results(ledger)
         if not results.front:
             raise ConfigError(f"{run} has no front yet: nothing was measured")
+        make_parent(folder / INDEX)
         writer = _Writer(run, ledger, calibration)
+    # Not to stand beside networks that were prepared in another way than it says.
+    (folder / INDEX).unlink(missing_ok=True)
     prepared: list[Mapping[str, float]] = []
     for count, row in enumerate(results.front, 1):
         file = folder / f"{row.policy.digest}.safetensors"

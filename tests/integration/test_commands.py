@@ -171,6 +171,9 @@ def test_the_networks_of_a_front_are_exported_together(cli: Cli, run: Path) -> N
     for option in (("--all",), ("--generation", "1")):
         refused = cli.here("export", "run", "networks", *option, code=2).stderr
         assert "write tables, networks is none" in refused
+    (cli.folder / "taken").touch()
+    refused = cli.here("export", "run", "taken", code=2).stderr
+    assert "taken is not a folder" in refused
     refused = cli.here("export", "run", "networks", "--policy", last.policy, code=2).stderr
     assert "FILE must end with .safetensors" in refused
 
