@@ -188,12 +188,20 @@ def export(
         int | None,
         typer.Option(min=1, help="Training images to prepare networks with [as in the search]"),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Prepare networks otherwise: proxy.criterion=l1"
+        ),
+    ] = None,
 ) -> None:
     """Write the front of a run as a table, a picture or networks, or one network of the run.
 
     Example: evosearch export runs/quickstart front.csv
     """
     from evosearch.exporting import export_file
+    from evosearch.recipe import parse_setting
+    from evosearch.results.preparation import Preparation
 
     chosen = [
         name
@@ -206,7 +214,11 @@ def export(
     ]
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} exclude each other")
-    typer.echo(export_file(run, file, everything, generation, policy, calibration, typer.echo))
+    parsed = (parse_setting(setting) for setting in settings or ())
+    changes = {".".join(keys): value for keys, value in parsed}
+    preparation = Preparation(calibration=calibration, settings=changes)
+    said = export_file(run, file, everything, generation, policy, preparation, typer.echo)
+    typer.echo(said)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from evosearch.results.export import (
     population_records,
 )
 from evosearch.results.front import Results, read_results
+from evosearch.results.preparation import AS_SEARCHED, Preparation
 
 __all__ = ["SUFFIXES", "export_file"]
 
@@ -35,7 +36,7 @@ def export_file(
     everything: bool,
     generation: int | None,
     policy: str | None,
-    calibration: int | None = None,
+    preparation: Preparation = AS_SEARCHED,
     told: Callable[[str], None] = lambda _: None,
 ) -> str:
     """Writes one file from a run, or the networks of its front, also while it is being searched.
@@ -47,7 +48,7 @@ def export_file(
         everything: Every measurement instead of the front.
         generation: The population after this generation instead of the front.
         policy: First digits of the network to write.
-        calibration: Training images to prepare networks with; None for those of the search.
+        preparation: How networks are prepared.
         told: Hears of each network of a front that was written.
 
     Returns:
@@ -66,9 +67,9 @@ def export_file(
         )
     if policy is not None and (folder or not networks):
         raise ConfigError("--policy writes a network: FILE must end with .safetensors")
-    if calibration is not None and not networks:
+    if preparation and not networks:
         raise ConfigError(
-            "--calibration prepares networks: FILE must end with .safetensors or be a folder"
+            f"{preparation} prepares networks: FILE must end with .safetensors or be a folder"
         )
     if (networks or file.suffix == ".png") and (everything or generation is not None):
         raise ConfigError(f"--all and --generation write tables, {file} is none")
@@ -76,8 +77,8 @@ def export_file(
         from evosearch.results.networks import export_front, export_network
 
         if folder:
-            return export_front(run, file, calibration, told)
-        return export_network(run, file, policy, calibration)
+            return export_front(run, file, preparation, told)
+        return export_network(run, file, policy, preparation)
     with Ledger.open(run) as ledger:
         results = read_results(ledger)
         if file.suffix == ".png":

@@ -15,6 +15,7 @@ from evosearch.recipe import RunRecipe, change_recipe
 from evosearch.results.export import Records, export, front_records
 from evosearch.results.front import Results, Row, read_results
 from evosearch.results.models import save_pruned
+from evosearch.results.preparation import AS_SEARCHED, Preparation
 from evosearch.scoring.scorer import Scorer, out_of_memory
 from evosearch.scoring.workload import Workload
 
@@ -41,29 +42,27 @@ def _chosen(rows: tuple[Row, ...], digits: str | None, run: Path) -> Row:
     return found[0]
 
 
-def _with_more_images(assembled: Assembled, images: int) -> Workload:
-    """The workload whose proxy has that many training images, and cuts the same channels.
+def _workload(assembled: Assembled, preparation: Preparation) -> Workload:
+    """The search's workload, prepared for that.
 
-    A search is frugal: hundreds of candidates are prepared, and only their order matters. The one
-    that is kept can have all layers fitted, on as many images as one likes.
+    Raises:
+        ConfigError: Something does not fit together, or into memory.
     """
-    changes = {
-        "data.calibration": images,
-        "proxy.recalibration_images": images,
-        "proxy.reconstruction_images": images,
-        "proxy.reconstruction_layers": "all",
-    }
-    option = f"--calibration {images}"
-    recipe = change_recipe(assembled.recipe, changes, option)
+    known = assembled.workload
+    if not preparation:
+        return known
+    recipe = change_recipe(assembled.recipe, preparation.changes(), str(preparation))
     try:
         found = assemble(recipe).workload
     except (ConfigError, DataError) as exc:
-        raise ConfigError(f"{option}: {exc}") from exc
+        raise ConfigError(f"{preparation}: {exc}") from exc
     except (RuntimeError, MemoryError) as exc:
         if not out_of_memory(exc):
             raise
-        raise ConfigError(f"{option}: out of memory; name fewer images") from exc
-    known = assembled.workload
+        raise ConfigError(f"{preparation}: out of memory; name fewer images") from exc
+    if preparation.reorders:
+        return found
+    # The same channels go, however they were ranked on more images.
     return replace(found, places=known.places, blends=known.blends)
 
 
@@ -71,20 +70,18 @@ class _Writer:
     """Prepares and writes one network after another of a run.
 
     Raises:
-        ConfigError: They cannot be prepared with so many images.
+        ConfigError: They cannot be prepared like that.
         ConfigMismatch: Network or images are not the ones that were measured.
     """
 
-    def __init__(self, run: Path, ledger: Ledger, calibration: int | None) -> None:
+    def __init__(self, run: Path, ledger: Ledger, preparation: Preparation) -> None:
         recorded = read_facts(ledger)
         # Where it was searched does not matter any more.
         assembled = assemble(recorded.recipe.model_copy(update={"run": RunRecipe(workers=0)}))
         check_same(recorded, assembled.facts(), run)
         self._groups = recorded.groups
-        self._calibration = calibration
-        self._workload = assembled.workload
-        if calibration is not None:
-            self._workload = _with_more_images(assembled, calibration)
+        self._preparation = preparation
+        self._workload = _workload(assembled, preparation)
         self._scorer = Scorer(self._workload)
 
     @property
@@ -95,18 +92,16 @@ class _Writer:
     def write(self, row: Row, file: Path) -> Mapping[str, float]:
         """Writes the network of a measured policy; returns its metrics on the validation images.
 
-        They are measured again if it is prepared with other images than it was in the search.
+        They are measured again if it is prepared in another way than it was in the search.
         """
         metrics: Mapping[str, float]
-        if self._calibration is None:
+        if not self._preparation:
             module = self._scorer.network_of(row.policy)
             metrics = {name: row.values[name] for name in METRICS}
         else:
             measured = self._scorer.score(row.policy)
             if not measured.ok:
-                raise ConfigError(
-                    f"--calibration {self._calibration}: {row.policy.digest}: {measured.reason}"
-                )
+                raise ConfigError(f"{self._preparation}: {row.policy.digest}: {measured.reason}")
             module, metrics = self._scorer.network, measured.metrics
         costs: dict[str, Any] = {"macs": row.macs, "params": row.params}
         save_pruned(
@@ -122,7 +117,7 @@ class _Writer:
 
 
 def export_network(
-    run: Path, file: Path, digits: str | None, calibration: int | None = None
+    run: Path, file: Path, digits: str | None, preparation: Preparation = AS_SEARCHED
 ) -> str:
     """Writes the network of one measured policy, as the proxy left it before measuring.
 
@@ -130,13 +125,13 @@ def export_network(
         run: Directory of the run.
         file: Ends with `.safetensors`.
         digits: The first digits of the policy's digest.
-        calibration: Training images that it is prepared with; None for those of the search.
+        preparation: If not that of the search.
 
     Returns:
         A sentence for people.
 
     Raises:
-        ConfigError: No such policy, or several; or it cannot be prepared with so many images.
+        ConfigError: No such policy, or several; or it cannot be prepared like that.
         ConfigMismatch: Network or images are not the ones that were measured.
     """
     with Ledger.open(run) as ledger:
@@ -144,10 +139,10 @@ def export_network(
         # What the search dropped early, the ladder may have measured in full: the later entry wins.
         rows = sorted((*results.baseline, *results.rows), key=lambda row: row.status is Status.OK)
         row = _chosen(tuple({row.policy: row for row in rows}.values()), digits, run)
-        writer = _Writer(run, ledger, calibration)
+        writer = _Writer(run, ledger, preparation)
     found = 1 - writer.write(row, file)["error"]
     searched = 1 - row.values["error"]
-    note = f" ({searched:.2%} as it was measured in the search)" if calibration is not None else ""
+    note = f" ({searched:.2%} as it was measured in the search)" if preparation else ""
     return (
         f"{file}: {writer.network} with {row.values['macs']:.1%} of the MACs and "
         f"{row.values['params']:.1%} of the parameters, validation top-1 {found:.2%}{note}"
@@ -157,19 +152,19 @@ def export_network(
 def export_front(
     run: Path,
     folder: Path,
-    calibration: int | None = None,
+    preparation: Preparation = AS_SEARCHED,
     told: Callable[[str], None] = lambda _: None,
 ) -> str:
     """Writes every network of the front, `DIGEST.safetensors`, and a table of them, `front.csv`.
 
     The table has the columns of the front's, the name of each file, and, where networks are
-    prepared with other images than in the search, their metrics on the validation images
+    prepared in another way than in the search, their metrics on the validation images
     (`prepared:error` and so on). It is written last: where it is, the networks that it names are.
 
     Args:
         run: Directory of the run.
         folder: Is made if need be.
-        calibration: Training images that they are prepared with; None for those of the search.
+        preparation: If not that of the search.
         told: Hears of each network that was written.
 
     Returns:
@@ -177,15 +172,15 @@ def export_front(
 
     Raises:
         ConfigError: Nothing was measured yet, the folder cannot be made, or a network cannot be
-            prepared with so many images.
+            prepared like that.
         ConfigMismatch: Network or images are not the ones that were measured.
     """
     with Ledger.open(run) as ledger:
         results = read_results(ledger)
         if not results.front:
             raise ConfigError(f"{run} has no front yet: nothing was measured")
-        make_parent(folder / INDEX)
-        writer = _Writer(run, ledger, calibration)
+        writer = _Writer(run, ledger, preparation)
+    make_parent(folder / INDEX)
     # Not to stand beside networks that were prepared in another way than it says.
     (folder / INDEX).unlink(missing_ok=True)
     prepared: list[Mapping[str, float]] = []
@@ -193,7 +188,7 @@ def export_front(
         file = folder / f"{row.policy.digest}.safetensors"
         prepared.append(writer.write(row, file))
         told(f"{count} of {len(results.front)}: {file}")
-    export(_index(results, prepared if calibration is not None else []), folder / INDEX)
+    export(_index(results, prepared if preparation else []), folder / INDEX)
     least = "" if results.feasible else ", the least violating ones, as none is feasible"
     return f"{folder}: {len(results.front)} networks of the front{least}, and {INDEX}"
 

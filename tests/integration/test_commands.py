@@ -178,6 +178,40 @@ def test_the_networks_of_a_front_are_exported_together(cli: Cli, run: Path) -> N
     assert "FILE must end with .safetensors" in refused
 
 
+def test_networks_are_prepared_by_another_proxy_than_the_searchs(
+    cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evosearch.assembly import assemble
+    from evosearch.policy import Policy
+    from evosearch.recipe import load_recipe
+    from evosearch.scoring.scorer import Scorer
+
+    monkeypatch.chdir(cli.folder)
+    changes = {"proxy.name": "recalibrated", "proxy.criterion": "l1"}
+    options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    cli.here("export", "run", "by-l1", *options)
+    table = pd.read_csv("by-l1/front.csv")
+    scorer = Scorer(assemble(load_recipe("run/recipe.toml", (), changes)).workload)
+    widths = [name for name in table if name.startswith("keep:")]
+    for _, row in table.iterrows():
+        policy = Policy(tuple(int(row[name]) for name in widths))
+        assert scorer.score(policy).metrics["error"] == row["prepared:error"]
+        written = evosearch.load_pruned(f"by-l1/{row.file}").state_dict().values()
+        wanted = scorer.network.state_dict().values()
+        assert all(torch.equal(one, other) for one, other in zip(written, wanted, strict=True))
+    assert not (table["prepared:error"] == table["error"]).all()
+
+    refused = cli.here("export", "run", "f.csv", *options, code=2).stderr
+    assert "FILE must end with .safetensors or be a folder" in refused
+    refused = cli.here("export", "run", "nets", "--set", "data.validation=64", code=2).stderr
+    assert "--set data.validation: networks of a run can be prepared by another proxy" in refused
+    refused = cli.here("export", "run", "nets", "--set", "proxy.criterion=nope", code=2).stderr
+    assert "--set proxy.criterion=nope: proxy.criterion: " in refused
+    refused = cli.here("export", "run", "nets", "--set", "proxy.nope=1", code=2).stderr
+    assert "proxy.nope" in refused
+    assert not (cli.folder / "nets").exists()
+
+
 def test_profile_predicts_before_anything_is_searched(cli: Cli, recipe: Callable[..., str]) -> None:
     said = cli.run("profile", recipe(), "--workers", "2").stdout
     assert "genes       3 for 3 groups" in said
