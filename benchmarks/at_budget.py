@@ -10,7 +10,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from evosearch.assembly import Assembled, assemble
 from evosearch.data import Images
 from evosearch.ledger import Ledger
 from evosearch.materials import as_trained
-from evosearch.measurement import Measurement
+from evosearch.measurement import Measurement, Status
 from evosearch.policy import Policy
 from evosearch.recipe import load_recipe
 from evosearch.results.front import read_results
@@ -36,6 +36,7 @@ Key = tuple[str, float, int]
 L1 = {"proxy.name": "recalibrated", "proxy.criterion": "l1"}
 COMPENSATED = {"proxy.name": "compensated", "proxy.criterion": "residual-energy"}
 RECONSTRUCTED = {"proxy.name": "reconstructed", "proxy.criterion": "residual-energy"}
+RECONSTRUCTED_L1 = {"proxy.name": "reconstructed", "proxy.criterion": "l1"}
 QUICK = {
     **RECONSTRUCTED,
     "proxy.reconstruction_layers": "cut",
@@ -70,6 +71,7 @@ METHODS = {
     "uniform, L1, recalibrated": Method(proxy=L1, final=L1),
     "uniform, compensated": Method(proxy=COMPENSATED, final=COMPENSATED),
     "uniform, reconstructed": Method(proxy=RECONSTRUCTED, final=RECONSTRUCTED),
+    "uniform, L1, reconstructed": Method(proxy=RECONSTRUCTED_L1, final=RECONSTRUCTED_L1),
     "random best, L1, recalibrated": Method(proxy=L1, search=RANDOM, final=L1),
     "random best, reconstructed": Method(proxy=RECONSTRUCTED, search=RANDOM, final=RECONSTRUCTED),
     "searched, divergence": Method(proxy=RECONSTRUCTED, search=SURROGATE, final=RECONSTRUCTED),
@@ -81,6 +83,9 @@ METHODS = {
     ),
     "searched, distortion": Method(
         proxy=RECONSTRUCTED, search={**SURROGATE, **DISTORTION}, final=RECONSTRUCTED
+    ),
+    "searched, distortion, then L1": Method(
+        proxy=RECONSTRUCTED, search={**SURROGATE, **DISTORTION}, final=L1
     ),
     "searched, distortion, quick": Method(
         proxy=QUICK, search={**SURROGATE, **DISTORTION}, final=RECONSTRUCTED, longer=5
@@ -189,18 +194,29 @@ def searched(where: Setting, changes: Mapping[str, Any], folder: Path, share: fl
     launch(loaded, folder, Silent())
     objective = loaded.search.objectives[0]
     with Ledger.open(folder) as ledger:
-        rows = [row for row in read_results(ledger).rows if not row.violation and row.values]
+        rows = [
+            row
+            for row in read_results(ledger).rows
+            if not row.violation and row.status is Status.OK
+        ]
     best = min(rows, key=lambda row: row.values[objective])
     return Chosen(policy=best.policy, value=best.values[objective])
 
 
 def choose(
-    where: Setting, methods: Sequence[str], shares: Sequence[float], seeds: int, evaluations: int
+    where: Setting,
+    methods: Sequence[str],
+    shares: Sequence[float],
+    seeds: int,
+    evaluations: int,
+    known: Container[Key] = (),
 ) -> dict[Key, Chosen]:
-    """The policy of each method, share and seed; uniform ratios have one seed."""
+    """The policy of each method, share and seed that is not known; uniform ratios have one seed."""
     chosen: dict[Key, Chosen] = {}
     for share, name, seed in itertools.product(shares, methods, range(seeds)):
         key, method = (name, share, seed), METHODS[name]
+        if key in known:
+            continue
         if method.search is None:
             if not seed:
                 policy = uniform(where.assembled(method.proxy), share)
@@ -237,7 +253,7 @@ def chosen_before(file: Path) -> dict[Key, Chosen]:
 def by_final(chosen: Mapping[Key, Chosen]) -> list[tuple[Mapping[str, Any], dict[Key, Chosen]]]:
     """What was chosen, together where it is prepared in the same way."""
     parts: list[tuple[Mapping[str, Any], dict[Key, Chosen]]] = []
-    for proxy in (L1, COMPENSATED, RECONSTRUCTED):
+    for proxy in (L1, COMPENSATED, RECONSTRUCTED, RECONSTRUCTED_L1):
         mine = {key: value for key, value in chosen.items() if METHODS[key[0]].final is proxy}
         if mine:
             parts.append((proxy, mine))

@@ -2,9 +2,8 @@
 
 The published ResNet-56 at 70, 50 and 30% of its MACs: test top-1 of the searched policy beside
 uniform ratios and random search with the same number of evaluations. Test images are opened once,
-for the chosen policies. Those of `reconstructed` rows are prepared once more with as many
-calibration images as `--final` says; the others with the images of the search, and with as many for
-recalibration.
+for the chosen policies, which are prepared once more with as many calibration images as `--final`
+says; the same channels go as in the search.
 
     python benchmarks/one_shot.py [--data FOLDER] [--evaluations 72] [--seeds 3]
         [--shares 0.7 0.5 0.3] [--methods "searched, distortion" ...] [--chosen JSON]
@@ -94,7 +93,7 @@ def main() -> None:
     with setting(options.data, "resnet56", options.workers) as where:
         before = chosen_before(options.chosen) if options.chosen else {}
         chosen = before | choose(
-            where, options.methods, options.shares, options.seeds, options.evaluations
+            where, options.methods, options.shares, options.seeds, options.evaluations, before
         )
         for proxy, mine in by_final(chosen):
             records += opened(where, proxy, mine, options)

@@ -63,7 +63,7 @@ def export_file(
     if not folder and file.suffix not in SUFFIXES:
         raise ConfigError(
             f"{file} must end with one of {', '.join(SUFFIXES)}, or be a folder for the front's "
-            "networks"
+            "networks: one that is there, or a name without a dot"
         )
     if policy is not None and (folder or not networks):
         raise ConfigError("--policy writes a network: FILE must end with .safetensors")

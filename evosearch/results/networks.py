@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evosearch.assembly import Assembled, assemble
-from evosearch.errors import ConfigError, DataError
+from evosearch.errors import BackendError, ConfigError, DataError, NetworkError
 from evosearch.facts import check_same, read_facts
 from evosearch.files import make_parent
 from evosearch.ledger import Ledger
@@ -21,7 +21,10 @@ from evosearch.scoring.workload import Workload
 
 __all__ = ["INDEX", "export_front", "export_network"]
 
-INDEX = "front.csv"
+# What decides which channels go first.
+_ORDERING = ("criterion", "coupling", "labels")
+_COUNTS = ("recalibration_images", "reconstruction_images")
+INDEX = "networks.csv"
 """The table beside the networks of a front."""
 
 
@@ -51,16 +54,25 @@ def _workload(assembled: Assembled, preparation: Preparation) -> Workload:
     known = assembled.workload
     if not preparation:
         return known
-    recipe = change_recipe(assembled.recipe, preparation.changes(), str(preparation))
+    before = assembled.recipe
+    recipe = change_recipe(before, preparation.changes(), str(preparation))
+    images = recipe.data.calibration
+    for name in _COUNTS:
+        wanted = preparation.settings.get(f"proxy.{name}")
+        if wanted is not None and images is not None and wanted > images:
+            raise ConfigError(
+                f"--set proxy.{name}={wanted}: there are {images} calibration images; ask for more "
+                "with --calibration"
+            )
     try:
         found = assemble(recipe).workload
-    except (ConfigError, DataError) as exc:
+    except (ConfigError, DataError, NetworkError) as exc:
         raise ConfigError(f"{preparation}: {exc}") from exc
     except (RuntimeError, MemoryError) as exc:
         if not out_of_memory(exc):
             raise
         raise ConfigError(f"{preparation}: out of memory; name fewer images") from exc
-    if preparation.reorders:
+    if any(getattr(recipe.proxy, name) != getattr(before.proxy, name) for name in _ORDERING):
         return found
     # The same channels go, however they were ranked on more images.
     return replace(found, places=known.places, blends=known.blends)
@@ -89,11 +101,25 @@ class _Writer:
         """Name of the dense network."""
         return self._workload.spec.name
 
+    @property
+    def prepared(self) -> str:
+        """How networks are prepared, in words."""
+        return str(self._preparation) or "as in the search"
+
+    def check(self, row: Row) -> None:
+        """Raises if a policy cannot be prepared like that."""
+        if row.policy.blend and "proxy.criterion" in self._preparation.settings:
+            raise ConfigError(
+                f"--set proxy.criterion: policy {row.policy.digest} says itself by which criteria "
+                "its channels go; leave it out"
+            )
+
     def write(self, row: Row, file: Path) -> Mapping[str, float]:
         """Writes the network of a measured policy; returns its metrics on the validation images.
 
         They are measured again if it is prepared in another way than it was in the search.
         """
+        self.check(row)
         metrics: Mapping[str, float]
         if not self._preparation:
             module = self._scorer.network_of(row.policy)
@@ -101,7 +127,10 @@ class _Writer:
         else:
             measured = self._scorer.score(row.policy)
             if not measured.ok:
-                raise ConfigError(f"{self._preparation}: {row.policy.digest}: {measured.reason}")
+                less = "; name fewer images" if measured.status is Status.OUT_OF_MEMORY else ""
+                raise ConfigError(
+                    f"{self._preparation}: {row.policy.digest}: {measured.reason}{less}"
+                )
             module, metrics = self._scorer.network, measured.metrics
         costs: dict[str, Any] = {"macs": row.macs, "params": row.params}
         save_pruned(
@@ -111,7 +140,7 @@ class _Writer:
             self._workload.input,
             self._groups,
             row.policy,
-            {**costs, "validation_error": metrics["error"]},
+            {**costs, "validation_error": metrics["error"], "prepared": self.prepared},
         )
         return metrics
 
@@ -155,11 +184,12 @@ def export_front(
     preparation: Preparation = AS_SEARCHED,
     told: Callable[[str], None] = lambda _: None,
 ) -> str:
-    """Writes every network of the front, `DIGEST.safetensors`, and a table of them, `front.csv`.
+    """Writes every network of the front, `DIGEST.safetensors`, and a table, `networks.csv`.
 
-    The table has the columns of the front's, the name of each file, and, where networks are
-    prepared in another way than in the search, their metrics on the validation images
-    (`prepared:error` and so on). It is written last: where it is, the networks that it names are.
+    The table has the columns of the front's, the name of each file, how it was prepared, and, where
+    that is not as in the search, its metrics on the validation images (`prepared:error` and so on).
+    It is written last: where it is, the networks that it names are. Other files in the folder,
+    networks of an earlier front, say, are left alone.
 
     Args:
         run: Directory of the run.
@@ -178,28 +208,38 @@ def export_front(
     with Ledger.open(run) as ledger:
         results = read_results(ledger)
         if not results.front:
-            raise ConfigError(f"{run} has no front yet: nothing was measured")
+            raise ConfigError(f"{run} has no front yet: no policy was measured to the end")
         writer = _Writer(run, ledger, preparation)
+    for row in results.front:
+        writer.check(row)
     make_parent(folder / INDEX)
-    # Not to stand beside networks that were prepared in another way than it says.
-    (folder / INDEX).unlink(missing_ok=True)
     prepared: list[Mapping[str, float]] = []
     for count, row in enumerate(results.front, 1):
         file = folder / f"{row.policy.digest}.safetensors"
         prepared.append(writer.write(row, file))
+        _remove(folder / INDEX)
         told(f"{count} of {len(results.front)}: {file}")
-    export(_index(results, prepared if preparation else []), folder / INDEX)
+    index = _index(results, writer.prepared, prepared if preparation else [])
+    export(index, folder / INDEX)
     least = "" if results.feasible else ", the least violating ones, as none is feasible"
     return f"{folder}: {len(results.front)} networks of the front{least}, and {INDEX}"
 
 
-def _index(results: Results, prepared: list[Mapping[str, float]]) -> Records:
+def _remove(index: Path) -> None:
+    """Removes an old table: it may say of networks how they were prepared before."""
+    try:
+        index.unlink(missing_ok=True)
+    except OSError as exc:
+        raise BackendError(f"cannot replace {index}: {exc.strerror or exc}") from exc
+
+
+def _index(results: Results, how: str, prepared: list[Mapping[str, float]]) -> Records:
     """The front's table, with files, and with metrics of networks that were prepared anew."""
     front = front_records(results)
     names = tuple(f"prepared:{name}" for name in METRICS) if prepared else ()
     rows = []
     for index, row in enumerate(front.rows):
-        file = {"file": f"{row['policy']}.safetensors"}
+        file = {"file": f"{row['policy']}.safetensors", "prepared": how}
         anew = {f"prepared:{key}": value for key, value in prepared[index].items()} if names else {}
         rows.append({**row, **file, **anew})
-    return Records(("file", *names, *front.columns), tuple(rows))
+    return Records(("file", "prepared", *names, *front.columns), tuple(rows))

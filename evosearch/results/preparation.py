@@ -8,9 +8,6 @@ from evosearch.errors import ConfigError
 
 __all__ = ["AS_SEARCHED", "Preparation"]
 
-# What decides which channels go first.
-_ORDERING = frozenset({"proxy.criterion", "proxy.coupling", "proxy.labels"})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
@@ -46,11 +43,6 @@ class Preparation:
         if self.calibration is not None:
             parts.append(f"--calibration {self.calibration}")
         return " ".join(parts)
-
-    @property
-    def reorders(self) -> bool:
-        """Whether other channels may go than in the search."""
-        return not _ORDERING.isdisjoint(self.settings)
 
     def changes(self) -> dict[str, Any]:
         """Dotted keys of the recipe to other values.

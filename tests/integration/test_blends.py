@@ -60,6 +60,11 @@ def test_network_of_a_blend_is_exported_and_loads(cli: Cli, blend: str) -> None:
     rows = json.loads((cli.folder / "all.json").read_text())
     blended = next(r for r in rows if any(v and k.startswith("blend:") for k, v in r.items()))
     cli.here("export", "run", "small.safetensors", "--policy", blended["policy"])
+    l1 = ("--set", "proxy.criterion=l1")
+    refused = cli.here(
+        "export", "run", "l1.safetensors", "--policy", blended["policy"], *l1, code=2
+    ).stderr
+    assert "says itself by which criteria its channels go" in refused
     network = evosearch.load_pruned(cli.folder / "small.safetensors")
     assert network.features[0].out_channels == blended["keep:features.0"]
     assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 10)

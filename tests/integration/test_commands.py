@@ -150,17 +150,19 @@ def test_the_networks_of_a_front_are_exported_together(cli: Cli, run: Path) -> N
     cli.here("export", "run", "front.csv")
     front = pd.read_csv(cli.folder / "front.csv")
     said = cli.here("export", "run", "networks").stdout
-    assert f"networks: {len(front)} networks of the front, and front.csv" in said
-    index = pd.read_csv(cli.folder / "networks" / "front.csv")
-    pd.testing.assert_frame_equal(index.drop(columns="file"), front)
+    assert f"networks: {len(front)} networks of the front, and networks.csv" in said
+    index = pd.read_csv(cli.folder / "networks" / "networks.csv")
+    pd.testing.assert_frame_equal(index.drop(columns=["file", "prepared"]), front)
+    assert set(index["prepared"]) == {"as in the search"}
     for row in index.itertuples():
         network = evosearch.load_pruned(cli.folder / "networks" / str(row.file))
         assert sum(p.numel() for p in network.parameters()) == row.params_count
 
     # With more images they are other networks, and the table says how those do.
     cli.here("export", "run", "networks", "--calibration", "600")
-    better = pd.read_csv(cli.folder / "networks" / "front.csv")
-    pd.testing.assert_frame_equal(better[list(index)], index)
+    better = pd.read_csv(cli.folder / "networks" / "networks.csv")
+    pd.testing.assert_frame_equal(better[list(front)], front)
+    assert set(better["prepared"]) == {"--calibration 600"}
     last = better.iloc[-1]
     one = ("export", "run", "one.safetensors", "--policy", last.policy, "--calibration", "600")
     assert f"validation top-1 {1 - last['prepared:error']:.2%}" in cli.here(*one).stdout
@@ -190,7 +192,7 @@ def test_networks_are_prepared_by_another_proxy_than_the_searchs(
     changes = {"proxy.name": "recalibrated", "proxy.criterion": "l1"}
     options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     cli.here("export", "run", "by-l1", *options)
-    table = pd.read_csv("by-l1/front.csv")
+    table = pd.read_csv("by-l1/networks.csv")
     scorer = Scorer(assemble(load_recipe("run/recipe.toml", (), changes)).workload)
     widths = [name for name in table if name.startswith("keep:")]
     for _, row in table.iterrows():
@@ -209,6 +211,9 @@ def test_networks_are_prepared_by_another_proxy_than_the_searchs(
     assert "--set proxy.criterion=nope: proxy.criterion: " in refused
     refused = cli.here("export", "run", "nets", "--set", "proxy.nope=1", code=2).stderr
     assert "proxy.nope" in refused
+    many = ("--set", "proxy.recalibration_images=4096")
+    refused = cli.here("export", "run", "nets", *many, code=2).stderr
+    assert "calibration images; ask for more with --calibration" in refused
     assert not (cli.folder / "nets").exists()
 
 
