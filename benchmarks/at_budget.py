@@ -87,6 +87,9 @@ METHODS = {
     "searched, distortion, then L1": Method(
         proxy=RECONSTRUCTED, search={**SURROGATE, **DISTORTION}, final=L1
     ),
+    "searched through L1, distortion": Method(
+        proxy=L1, search={**SURROGATE, **DISTORTION}, final=L1
+    ),
     "searched, distortion, quick": Method(
         proxy=QUICK, search={**SURROGATE, **DISTORTION}, final=RECONSTRUCTED, longer=5
     ),

@@ -18,7 +18,7 @@ from evosearch.fidelity.drawing import Band, draw, elite
 from evosearch.fidelity.free import free_predictors
 from evosearch.fidelity.journal import Journal
 from evosearch.fidelity.truth import FineTuned, Truth, check_images, fine_tune_all, parts_of
-from evosearch.fidelity.variants import FREE, Variant, choose
+from evosearch.fidelity.variants import FREE, RECIPE, Variant, choose, known_variants
 from evosearch.fidelity.writing import write_files
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement, Status
@@ -26,6 +26,7 @@ from evosearch.policy import Policy
 from evosearch.recipe import Recipe, change_recipe, load_recipe, parse_setting
 from evosearch.run import Observer, StopSignal
 from evosearch.scoring.proxies import proxy_named
+from evosearch.scoring.workload import Workload
 
 __all__ = ["Finished", "Options", "study", "subject"]
 
@@ -45,7 +46,7 @@ class Options:
         test: Whether the truth is measured on test images; None: if there are any.
 
     Raises:
-        ConfigError: Too few policies to order.
+        ConfigError: Too few policies to order, or fine-tuning starts from an unknown variant.
     """
 
     policies: int = 40
@@ -60,6 +61,18 @@ class Options:
             raise ConfigError(
                 f"--policies {self.policies}: at least {FEWEST} are needed to compare orders"
             )
+        if self.truth.start not in self._starts():
+            raise ConfigError(
+                f"--truth: start={self.truth.start} names no proxy variant; there are "
+                f"{', '.join(self._starts())}"
+            )
+
+    def start(self) -> Variant:
+        """The variant whose networks are fine-tuned."""
+        return self._starts()[self.truth.start]
+
+    def _starts(self) -> dict[str, Variant]:
+        return {**known_variants(), **self.variants}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +121,8 @@ def study(
     """Draws, scores, fine-tunes and compares; what the journal knows is not done again.
 
     Args:
-        recipe: The network, its images, and the proxy that fine-tuning starts from.
+        recipe: The network, its images, and the proxy that fine-tuning starts from if the truth
+            names no other.
         run: A run of that recipe, whose best policies form a second set; None for none.
         directory: Where journal, tables and picture are kept.
         options: What to compare.
@@ -161,7 +175,11 @@ def _settings(assembled: Assembled, options: Options, parts: tuple[str, ...]) ->
         "recipe": recipe,
         "macs": str(options.band),
         "seed": options.seed,
-        "truth": {**options.truth.settings(), "on": list(parts)},
+        "truth": {
+            **options.truth.settings(),
+            "on": list(parts),
+            "start": dict(options.start().changes),
+        },
         "images": {part: facts["images"][part] for part in ("calibration", "validation")},
         "weights": facts["weights"],
         "groups": [list(group) for group in facts["groups"]],
@@ -207,11 +225,11 @@ def _distinct(variants: Mapping[str, Variant], recipe: Recipe) -> dict[str, Vari
     }
     for other in changed.values():
         proxy_named(other.proxy.name)
-    others = [other for name, other in changed.items() if name != "recipe"]
+    others = [other for name, other in changed.items() if name != RECIPE]
     return {
         name: variant
         for name, variant in variants.items()
-        if name != "recipe" or changed[name] not in others
+        if name != RECIPE or changed[name] not in others
     }
 
 
@@ -227,6 +245,11 @@ def _register(variants: Mapping[str, Variant], journal: Journal) -> None:
                 f"the variant {name!r} meant {known[name]} in {journal.path.parent}, now it is "
                 f"{changes}; give it another name, or name another --out"
             )
+
+
+def _workload(assembled: Assembled, recipe: Recipe) -> Workload:
+    """What a changed recipe prepares; made anew only if something has changed."""
+    return assembled.workload if recipe == assembled.recipe else assemble(recipe).workload
 
 
 def _score(
@@ -248,7 +271,7 @@ def _score(
         return
     observer.phase(f"scoring {len(missing)} policies: {name}")
     recipe = change_recipe(assembled.recipe, variant.changes, f"proxy variant {name!r}")
-    workload = assembled.workload if not variant.changes else assemble(recipe).workload
+    workload = _workload(assembled, recipe)
     count = len(done)
 
     def record(measurement: Measurement) -> None:
@@ -306,8 +329,11 @@ def _fine_tune(
     # All policies once before any is repeated: an early table has as many policies as it can.
     wanted = [(policy, seed) for seed in range(options.truth.seeds) for policy in policies]
     missing = [(policy, seed) for policy, seed in wanted if (policy.keep, seed) not in done]
-    if missing and not stop():
-        observer.phase(f"fine-tuning {len(missing)} networks")
+    if not missing or stop():
+        return
+    start = options.truth.start
+    observer.phase(f"fine-tuning {len(missing)} networks, prepared as by {start}")
+    prepared = change_recipe(assembled.recipe, options.start().changes, f"--truth: start={start}")
     left = len(missing)
 
     def record(result: FineTuned) -> None:
@@ -324,4 +350,5 @@ def _fine_tune(
         told = result.reason or ", ".join(f"{k} {v:.4f}" for k, v in result.numbers.items())
         observer.phase(f"{result.policy.digest} {told} ({result.seconds:.0f} s; {left} left)")
 
-    fine_tune_all(assembled.workload, assembled.recipe, options.truth, parts, missing, record, stop)
+    workload = _workload(assembled, prepared)
+    fine_tune_all(workload, assembled.recipe, options.truth, parts, missing, record, stop)

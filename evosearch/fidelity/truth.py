@@ -1,8 +1,8 @@
 """The truth that proxies are compared with: fine-tuning, and what the network then does.
 
-Fine-tuning starts from the network that the recipe's own proxy prepares, and sees images of the
-training part alone. The numbers on test images are a report about proxies; nothing is chosen by
-them, and a search never opens them.
+Fine-tuning starts from the network that the recipe's own proxy prepares, or another that is
+named, and sees images of the training part alone. The numbers on test images are a report about
+proxies; nothing is chosen by them, and a search never opens them.
 """
 
 import copy
@@ -22,6 +22,7 @@ import numpy as np
 
 from evosearch.data import DataSource, ImagePool, Images, balanced_subset
 from evosearch.errors import BackendError, ConfigError, DataError, EvosearchError
+from evosearch.fidelity.variants import RECIPE
 from evosearch.materials import source_of
 from evosearch.networks import Network
 from evosearch.policy import Policy
@@ -48,6 +49,7 @@ class Truth:
         seeds: Independent repetitions; two or more tell how reliable the truth itself is.
         fraction: Share of the training images, classes balanced.
         precision: `bf16` (autocast) or `fp32`.
+        start: Name of the variant that prepares the networks; `recipe` is the recipe's own proxy.
     """
 
     epochs: int = 1
@@ -56,6 +58,7 @@ class Truth:
     seeds: int = 1
     fraction: float = 1.0
     precision: str = "bf16"
+    start: str = RECIPE
 
     def __post_init__(self) -> None:
         checks = {
@@ -104,8 +107,8 @@ class Truth:
         return cls(**given)
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the numbers of one repetition, as plain data."""
-        return {key: value for key, value in asdict(self).items() if key != "seeds"}
+        """All that decides the numbers of one repetition but its start, as plain data."""
+        return {key: value for key, value in asdict(self).items() if key not in ("seeds", "start")}
 
     def training(self, network: Network, seed: int) -> TrainSettings:
         """The same for the trainer; crops and flips are those the network was trained with."""
@@ -246,7 +249,7 @@ def fine_tune_all(
     """Fine-tunes each policy, on `run.workers` processes of one thread each (0: in this one).
 
     Args:
-        workload: Prepares the networks, as the recipe's proxy does.
+        workload: Prepares the networks that fine-tuning starts from.
         recipe: Says where images come from, and how many workers there are.
         truth: How.
         parts: What is measured on; from `parts_of`.

@@ -8,11 +8,13 @@ from evosearch.errors import ConfigError
 from evosearch.recipe import parse_setting
 from evosearch.scoring.proxies import PROXIES
 
-__all__ = ["FREE", "VARIANTS", "Variant", "choose", "known_variants", "parse_variant"]
+__all__ = ["FREE", "RECIPE", "VARIANTS", "Variant", "choose", "known_variants", "parse_variant"]
 
 _TABLES = ("proxy", "data")
 FREE = "free"
 """Under this name, what weights alone foretell stands beside the variants."""
+RECIPE = "recipe"
+"""The variant that changes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ def _proxy(title: str, name: str, criterion: str | None = None, **more: Any) -> 
 
 
 VARIANTS: dict[str, Variant] = {
-    "recipe": Variant(title="as the recipe says", changes={}),
+    RECIPE: Variant(title="as the recipe says", changes={}),
     "raw-l1": _proxy("cut by L1 norm (a control)", "raw", "l1"),
     "recalibrated-l1": _proxy("cut by L1 norm, recalibrate", "recalibrated", "l1"),
     "recalibrated-l1-128": _proxy(

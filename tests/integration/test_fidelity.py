@@ -67,6 +67,21 @@ def test_a_study_ends_with_a_table_and_continues_where_it_ended(
     assert "truth.batch = 64, now it is 128; name another --out" in refused
 
 
+def test_fine_tuning_may_start_elsewhere(cli: Cli, recipe: Callable[..., str]) -> None:
+    """By a variant or by the recipe's own proxy: the same networks, and equal truths."""
+    from_variant = study(recipe(), out="variant", truth=f"{TRUTH},start=recalibrated-l1")
+    said = cli.here(*from_variant).stderr
+    assert "prepared as by recalibrated-l1" in said
+    l1 = ("--set", "proxy.name=recalibrated", "--set", "proxy.criterion=l1")
+    cli.here(*study(recipe(), out="recipe"), *l1)
+    cli.here(*study(recipe(), out="other"))
+    found, same, other = (numbers(cli, out)["test.loss"] for out in ("variant", "recipe", "other"))
+    pd.testing.assert_series_equal(found, same)
+    assert (found != other).any()
+    refused = cli.here(*study(recipe(), out="variant"), code=2).stderr
+    assert "truth.start.proxy.criterion = 'l1', now it is None; name another --out" in refused
+
+
 def test_workers_find_the_same_numbers(cli: Cli, recipe: Callable[..., str]) -> None:
     here = load_recipe(str(cli.folder / recipe()))
     assembled = assemble(here)

@@ -27,6 +27,19 @@ def test_a_truth_may_set_everything() -> None:
     assert Truth.parse(text).settings() == told
 
 
+def test_fine_tuning_starts_from_the_recipe_or_from_a_variant_that_is_named() -> None:
+    own = "mine:proxy.name=compensated,proxy.recalibrate=false"
+    variants = choose("raw", (own,))
+    for text, changes in (
+        ("finetune", {}),
+        ("finetune:start=recalibrated-l1", {"proxy.name": "recalibrated", "proxy.criterion": "l1"}),
+        ("finetune:start=mine", {"proxy.name": "compensated", "proxy.recalibrate": False}),
+    ):
+        assert Options(truth=Truth.parse(text), variants=variants).start().changes == changes
+    with pytest.raises(ConfigError, match=r"--truth: start=l1 names no .* raw-l1.*, mine"):
+        Options(truth=Truth(start="l1"), variants=variants)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
