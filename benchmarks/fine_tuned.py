@@ -102,7 +102,7 @@ def main() -> None:
     made.add_argument("--chosen", type=Path, help="JSON of before: fine-tune its policies, too")
     options = made.parse_args()
     torch.set_num_threads(1)
-    truth = Truth(epochs=options.epochs)
+    truth = Truth(epochs=options.epochs).settled(gpu=False)
     records: list[dict[str, Any]] = []
     with setting(options.data, options.network, 2) as where:
         before = chosen_before(options.chosen) if options.chosen else {}

@@ -6,7 +6,7 @@ tables and the picture beside it are made from it at the end.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,8 @@ def study(
     observer.phase(f"preparing {recipe.network.name}")
     # A study has no front to check, and its variants may want more images for validation.
     recipe = change_recipe(recipe, {"data.check": 0}, "the study")
+    truth = options.truth.settled(gpu=recipe.run.gpus_per_worker > 0)
+    options = replace(options, truth=truth)
     variants = _distinct(options.variants, recipe)
     check_images(recipe, options.truth)
     assembled = assemble(recipe)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -28,13 +28,14 @@ from evosearch.networks import Network
 from evosearch.policy import Policy
 from evosearch.recipe import Recipe
 from evosearch.scoring.scorer import Scorer
-from evosearch.scoring.workload import Workload
+from evosearch.scoring.workload import Workload, settled_precision
 from evosearch.training import TrainSettings
 from evosearch.training.finetune import evaluate, finetune
 
 __all__ = ["FineTuned", "Truth", "check_images", "fine_tune_all", "parts_of"]
 
 _POLL_S = 0.5
+_AUTO = "auto"
 _PRECISIONS = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
 
 
@@ -48,7 +49,8 @@ class Truth:
         batch: Images per step.
         seeds: Independent repetitions; two or more tell how reliable the truth itself is.
         fraction: Share of the training images, classes balanced.
-        precision: `bf16` (autocast) or `fp32`.
+        precision: `bf16` (autocast), `fp32`, or `auto`: `bf16` where the hardware computes in it.
+            Elsewhere it would take ten times as long as `fp32`.
         start: Name of the variant that prepares the networks; `recipe` is the recipe's own proxy.
     """
 
@@ -57,7 +59,7 @@ class Truth:
     batch: int = 128
     seeds: int = 1
     fraction: float = 1.0
-    precision: str = "bf16"
+    precision: str = _AUTO
     start: str = RECIPE
 
     def __post_init__(self) -> None:
@@ -67,7 +69,7 @@ class Truth:
             "batch": self.batch >= 2,
             "seeds": self.seeds >= 1,
             "fraction": 0 < self.fraction <= 1,
-            "precision": self.precision in _PRECISIONS,
+            "precision": self.precision in (_AUTO, *_PRECISIONS),
         }
         wanted = {
             "epochs": "at least 1",
@@ -75,7 +77,7 @@ class Truth:
             "batch": "at least 2",
             "seeds": "at least 1",
             "fraction": "more than 0, at most 1",
-            "precision": "bf16 or fp32",
+            "precision": "bf16, fp32 or auto",
         }
         for key, good in checks.items():
             if not good:
@@ -105,6 +107,14 @@ class Truth:
                 kind = {int: "a whole number", float: "a number", str: "a word"}[types[key]]
                 raise ConfigError(f"--truth: {key} is {kind}, got {part!r}")
         return cls(**given)
+
+    def settled(self, *, gpu: bool) -> Self:
+        """The same with a precision that this machine, or its GPU, is good at."""
+        if self.precision != _AUTO:
+            return self
+        good = settled_precision(_AUTO, gpu=gpu)
+        # The first of two names: what journals have always had.
+        return replace(self, precision=next(k for k, name in _PRECISIONS.items() if name == good))
 
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers of one repetition but its start, as plain data."""
@@ -184,10 +194,10 @@ class _FineTuner:
     def __init__(
         self, workload: Workload, recipe: Recipe, truth: Truth, parts: Sequence[str]
     ) -> None:
-        device = "cuda" if recipe.run.gpus_per_worker > 0 else "cpu"
-        self._scorer = Scorer(workload, device)
+        gpu = recipe.run.gpus_per_worker > 0
+        self._scorer = Scorer(workload, "cuda" if gpu else "cpu")
         self._workload = workload
-        self._truth = truth
+        self._truth = truth.settled(gpu=gpu)
         source = source_of(recipe)
         self._images = _training_images(source.training(), truth, recipe.data.seed)
         pools = {part: _pool(source, part) for part in parts}

@@ -27,6 +27,19 @@ def test_a_truth_may_set_everything() -> None:
     assert Truth.parse(text).settings() == told
 
 
+@pytest.mark.parametrize("good", ["bfloat16", "float32"])
+def test_fine_tuning_is_in_bfloat16_only_where_the_hardware_is(
+    good: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {"amx_bf16": good == "bfloat16"}
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: flags, raising=False)
+    settled = Truth().settled(gpu=False)
+    assert settled.settings()["precision"] == {"bfloat16": "bf16", "float32": "fp32"}[good]
+    # What was asked for is what is done, wherever.
+    for name in ("bf16", "fp32"):
+        assert Truth(precision=name).settled(gpu=False).precision == name
+
+
 def test_fine_tuning_starts_from_the_recipe_or_from_a_variant_that_is_named() -> None:
     own = "mine:proxy.name=compensated,proxy.recalibrate=false"
     variants = choose("raw", (own,))
@@ -52,7 +65,7 @@ def test_fine_tuning_starts_from_the_recipe_or_from_a_variant_that_is_named() ->
         ("finetune:lr=0", "lr is more than 0"),
         ("finetune:lr=nan", "lr is more than 0"),
         ("finetune:fraction=1.5", "fraction is more than 0, at most 1"),
-        ("finetune:precision=fp8", "precision is bf16 or fp32"),
+        ("finetune:precision=fp8", "precision is bf16, fp32 or auto"),
         ("finetune:batch=1", "batch is at least 2"),
         ("finetune:seeds=0", "seeds is at least 1"),
     ],
