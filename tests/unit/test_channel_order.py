@@ -113,6 +113,7 @@ def brute_force(readers: Sequence[Consumer], channels: int) -> list[int]:
     return [gone.index(channel) for channel in range(channels)]
 
 
+@pytest.mark.parametrize("block", [1, 2, 64])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     "shapes",
@@ -124,8 +125,12 @@ def brute_force(readers: Sequence[Consumer], channels: int) -> list[int]:
     ],
 )
 def test_residual_energy_removes_what_costs_least_at_every_step(
-    shapes: list[tuple[int, int, int, list[int]]], seed: int
+    shapes: list[tuple[int, int, int, list[int]]],
+    seed: int,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("evosearch.pruning.criteria.residual._BLOCK", block)
     readers = [consumer(*shape, seed=10 * seed + i) for i, shape in enumerate(shapes)]
     found = CRITERIA["residual-energy"].score(view(consumers=readers))
     assert found.tolist() == brute_force(readers, len(shapes[0][3]))

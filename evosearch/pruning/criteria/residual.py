@@ -13,6 +13,64 @@ from evosearch.pruning.criteria.view import GroupView
 __all__ = ["residual_energy"]
 
 
+# Steps whose changes to the matrices are made together, as one product.
+_BLOCK = 64
+
+
+class _Elimination:
+    """Least squares of one consumer while its input channels are removed, one after another.
+
+    Two symmetric matrices over the channels that are left say all: P, the inverse of their second
+    moments, and M = W^T W of the weights as compensated so far. To remove channel j, with
+    p = P_:j / P_jj, is P -= P_jj p p^T and W -= W_j p^T, so M -= v p^T + p v^T with
+    v = M_:j - M_jj p / 2. Diagonals follow at once; of the rest only a column is needed at a time,
+    so changes are kept and made to the whole matrices a block at a time.
+
+    Args:
+        inverse: `(n, n)` float64, P with all channels.
+        products: `(n, n)` float64, M.
+    """
+
+    def __init__(self, inverse: Tensor, products: Tensor) -> None:
+        self._inverse, self._products = inverse, products
+        self._start()
+
+    def _start(self) -> None:
+        n = len(self._inverse)
+        self._steps = 0
+        self._pivots, self._halves = (self._inverse.new_empty(n, _BLOCK) for _ in range(2))
+        self._scales = self._inverse.new_empty(_BLOCK)
+        self._diagonals = torch.stack([self._products.diagonal(), self._inverse.diagonal()])
+
+    @property
+    def energy(self) -> Tensor:
+        """`(n,)` what the removal of each channel that is left would add to the output error."""
+        return self._diagonals[0] / self._diagonals[1]
+
+    def remove(self, j: int) -> None:
+        """Removes the channel at place j among those that were left when the block began."""
+        done = self._steps
+        pivots, halves = self._pivots[:, :done], self._halves[:, :done]
+        column = self._inverse[:, j] - pivots @ (self._scales[:done] * pivots[j])
+        products = self._products[:, j] - halves @ pivots[j] - pivots @ halves[j]
+        pivot = column / column[j]
+        half = products - products[j] / 2 * pivot
+        self._diagonals[0].addcmul_(half, pivot, value=-2)
+        self._diagonals[1].addcmul_(column, pivot, value=-1)
+        self._pivots[:, done], self._halves[:, done] = pivot, half
+        self._scales[done] = column[j]
+        self._steps += 1
+
+    def keep(self, left: Tensor) -> None:
+        """Ends a block: brings the matrices up to date for the places that are left."""
+        pivots, halves = self._pivots[left, : self._steps], self._halves[left, : self._steps]
+        self._inverse = self._inverse[left][:, left]
+        self._inverse.addmm_(pivots * self._scales[: self._steps], pivots.T, alpha=-1)
+        self._products = self._products[left][:, left]
+        self._products.addmm_(halves, pivots.T, alpha=-1).addmm_(pivots, halves.T, alpha=-1)
+        self._start()
+
+
 def residual_energy(view: GroupView) -> Tensor:
     """Order of greedy removal by compensated residual energy of the consumers.
 
@@ -25,37 +83,35 @@ def residual_energy(view: GroupView) -> Tensor:
         `(n_channels,)` the step at which each channel was removed: 0 is the least important. NaN
         if weights or moments are not finite.
     """
-    states = []
+    n = view.group.channels
+    consumers = []
     for consumer in view.consumers:
         assert consumer.gram is not None  # noqa: S101  channel_scores provides what is needed
         size = len(consumer.gram)
         if not (torch.isfinite(consumer.gram).all() and torch.isfinite(consumer.weight).all()):
-            return torch.full((view.group.channels,), torch.nan)
+            return torch.full((n,), torch.nan)
         load = max(1e-4 * float(consumer.gram.diagonal().mean()), 1e-12)
         inverse = torch.linalg.inv(consumer.gram + load * torch.eye(size, dtype=torch.float64))
         columns = consumer.columns
-        weight = consumer.weight[:, columns].transpose(1, 2).reshape(-1, len(columns))
-        states.append((weight.clone(), inverse[columns][:, columns].clone()))
-    n = view.group.channels
+        weight = consumer.weight[:, columns].transpose(1, 2).reshape(-1, n)
+        consumers.append(_Elimination(inverse[columns][:, columns], weight.T @ weight))
     step = torch.zeros(n, dtype=torch.float64)
-    gone = torch.zeros(n, dtype=torch.bool)
-    for removed in range(n):
-        energy = sum(
-            ((weight**2).sum(dim=0) / inverse.diagonal() for weight, inverse in states),
-            torch.zeros(n, dtype=torch.float64),
-        )
-        if not torch.isfinite(energy[~gone]).all():
-            return torch.full((n,), torch.nan)
-        # Of equals the last goes first, as for all criteria.
-        j = n - 1 - int(energy.masked_fill(gone, torch.inf).flip(0).argmin())
-        step[j] = removed
-        gone[j] = True
-        for weight, inverse in states:
-            pivot = inverse[j] / inverse[j, j]
-            weight.sub_(weight[:, j : j + 1] * pivot)
-            inverse.sub_(inverse[:, j : j + 1] * pivot)
-            # The eliminated row and column are zero up to rounding; 1 keeps divisions finite.
-            weight[:, j] = 0
-            inverse[j], inverse[:, j] = 0, 0
-            inverse[j, j] = 1
+    left = torch.arange(n)
+    for first in range(0, n, _BLOCK):
+        gone = torch.zeros(len(left), dtype=torch.bool)
+        for removed in range(first, min(first + _BLOCK, n)):
+            energy = torch.zeros(len(left), dtype=torch.float64)
+            for elimination in consumers:
+                energy += elimination.energy
+            if not torch.isfinite(energy[~gone]).all():
+                return torch.full((n,), torch.nan)
+            # Of equals the last goes first, as for all criteria.
+            j = len(left) - 1 - int(energy.masked_fill(gone, torch.inf).flip(0).argmin())
+            step[left[j]] = removed
+            gone[j] = True
+            for elimination in consumers:
+                elimination.remove(j)
+        for elimination in consumers:
+            elimination.keep(~gone)
+        left = left[~gone]
     return step
