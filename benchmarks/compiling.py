@@ -71,7 +71,7 @@ def main() -> None:
     layout, plan = layout_of(network), trace(network)
     dense = network.module.to(options.device)
     dtype = DTYPES[settled_precision("auto", gpu=gpu)]
-    size = settled_batch_size(None, gpu=gpu)
+    size = settled_batch_size(None, network.input.shape, gpu=gpu)
     batch = torch.randn(size, *network.input.shape, generator=torch.Generator().manual_seed(0))
     batch = batch.to(options.device, dtype, memory_format=torch.channels_last)
     cutter = Cutter(plan, dense)

@@ -59,7 +59,7 @@ def prepared(network: Network, plan: CuttingPlan, folder: Path, name: str, gpu: 
     settings = ProxySettings(
         **proxy,
         precision=settled_precision("auto", gpu=gpu),
-        batch_size=settled_batch_size(None, gpu=gpu),
+        batch_size=settled_batch_size(None, network.input.shape, gpu=gpu),
     )
     return prepare_workload(
         network,

@@ -40,6 +40,7 @@ from evosearch.scoring.workload import (
     dense_error,
     prepare_workload,
     settled_batch_size,
+    settled_calibration_batch,
     settled_precision,
 )
 from evosearch.snapshots import versions
@@ -193,7 +194,7 @@ def assemble(recipe: Recipe) -> Assembled:
     goals.check_reachable(*reachable_costs(space, plan.table))
     # Made here once to refuse a wrong algorithm before anything is measured.
     algorithm_of(recipe, space, goals, plan.table, None)
-    recipe = _settled(recipe, image_sets, space)
+    recipe = _settled(recipe, image_sets, space, network.input.shape)
     proxy = recipe.proxy
     with _naming("proxy.criterion"):
         workload = prepare_workload(
@@ -213,7 +214,8 @@ def assemble(recipe: Recipe) -> Assembled:
                 distillation_steps=proxy.distillation_steps,
                 distillation_lr=proxy.distillation_lr,
                 precision=proxy.precision,
-                batch_size=settled_batch_size(proxy.batch_size),
+                batch_size=settled_batch_size(proxy.batch_size, network.input.shape),
+                calibration_batch=proxy.calibration_batch,
             ),
             image_sets.calibration,
             image_sets.validation,
@@ -283,14 +285,20 @@ def reachable_costs(
     )
 
 
-def _settled(recipe: Recipe, images: ImageSets, space: SearchSpace) -> Recipe:
+def _settled(
+    recipe: Recipe, images: ImageSets, space: SearchSpace, shape: tuple[int, ...]
+) -> Recipe:
     """The recipe with all that it left open written down, so that a run never changes."""
-    gpu = recipe.run.gpus_per_worker > 0
+    gpu, wish = recipe.run.gpus_per_worker > 0, recipe.proxy
+    size = settled_batch_size(wish.batch_size, shape, gpu=gpu)
     how = {
-        "precision": settled_precision(recipe.proxy.precision, gpu=gpu),
-        "batch_size": settled_batch_size(recipe.proxy.batch_size, gpu=gpu),
+        "precision": settled_precision(wish.precision, gpu=gpu),
+        "batch_size": size,
+        "calibration_batch": settled_calibration_batch(
+            wish.calibration_batch, wish.batch_size, size
+        ),
     }
-    proxy = recipe.proxy.model_copy(update=how)
+    proxy = wish.model_copy(update=how)
     views = 2 if recipe.data.mirrored else 1
     sizes = {
         "calibration": len(images.calibration),

@@ -15,7 +15,12 @@ from evosearch.pruning.blending import cluster, cluster_groups, spearman
 from evosearch.pruning.criteria import applicable_criteria, channel_scores
 from evosearch.pruning.groups import trace
 from evosearch.recipe import Recipe
-from evosearch.scoring.workload import samples_of, settled_batch_size, single_thread
+from evosearch.scoring.workload import (
+    samples_of,
+    settled_batch_size,
+    settled_calibration_batch,
+    single_thread,
+)
 from evosearch.space import CriteriaWish, criteria_wish
 
 __all__ = ["Comparison", "compare", "comparison_lines", "comparison_record", "write_heatmap"]
@@ -74,8 +79,9 @@ def compare(recipe: Recipe) -> Comparison:
     elif recipe.proxy.criterion not in names:
         names = (*names, recipe.proxy.criterion)
     proxy = recipe.proxy
-    size = settled_batch_size(proxy.batch_size)
-    samples = samples_of(network, images.calibration, size, proxy.labels)
+    size = settled_batch_size(proxy.batch_size, network.input.shape)
+    together = settled_calibration_batch(proxy.calibration_batch, proxy.batch_size, size)
+    samples = samples_of(network, images.calibration, together or size, proxy.labels)
     with single_thread():
         scores = channel_scores(network.module, plan, names, samples, coupling=proxy.coupling)
     table = plan.table

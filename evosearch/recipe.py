@@ -154,7 +154,11 @@ class ProxyRecipe(_Table):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of forward passes; auto is bfloat16 where the hardware has it, and settled at launch."""
     batch_size: Count | None = None
-    """Images per forward pass; 128 if left out, 1024 on a GPU, and settled at launch."""
+    """Images per forward pass; 128 if left out, 1024 on a GPU, and down to a 16th of that where
+    images are larger than 32x32; settled at launch."""
+    calibration_batch: Count | None = None
+    """At least so many calibration images per forward pass, as batch norm is recalibrated and
+    distilled on batches; `batch_size` if left out, but 32 where neither is named."""
 
 
 class RunRecipe(_Table):

@@ -135,7 +135,8 @@ def _check(path: Path, header: Mapping[str, Any], settings: Mapping[str, Any]) -
         if recorded.get(key) != settings.get(key):
             raise ConfigMismatch(
                 f"{path.parent} was made with {key} = {_short(recorded.get(key))}, now it is "
-                f"{_short(settings.get(key))}; name another --out for another study"
+                f"{_short(settings.get(key))}; name another --out for another study, or that value "
+                "to go on with this one"
             )
 
 

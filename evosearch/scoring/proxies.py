@@ -47,7 +47,8 @@ class ProxySettings:
         distillation_steps: Of `distilled`, each on one batch.
         distillation_lr: Learning rate of the first of them; it falls to zero.
         precision: `float32`, or `bfloat16` for the forward passes.
-        batch_size: Images per forward pass; recalibration uses at least this many at once.
+        batch_size: Images per forward pass.
+        calibration_batch: At least so many calibration images per pass; None for `batch_size`.
     """
 
     name: str
@@ -64,6 +65,12 @@ class ProxySettings:
     distillation_lr: float = 0.01
     precision: str = "float32"
     batch_size: int = 128
+    calibration_batch: int | None = None
+
+    @property
+    def together(self) -> int:
+        """At least how many calibration images run at once."""
+        return self.calibration_batch or self.batch_size
 
 
 class Bench(Protocol):

@@ -130,6 +130,7 @@ class Scorer:
         self._labels = shared_tensor(workload.validation.labels)
         self._teacher = shared_tensor(workload.teacher)
         self._batch_size = self.settings.batch_size
+        self._together = self.settings.together
         self._fitting_images: Tensor | None = None
         self._kept_inputs: dict[tuple[str, int], list[Tensor]] = {}
 
@@ -215,7 +216,7 @@ class Scorer:
 
     def distil(self) -> None:
         """Takes a few steps of training towards the dense network's outputs."""
-        parts = batches(self._network, self._workload.calibration, self._batch_size, at_least=True)
+        parts = batches(self._network, self._workload.calibration, self._together, at_least=True)
         images = [batch.to(self._device) for batch in parts]
         distil(
             self._cutter.network,
@@ -228,11 +229,12 @@ class Scorer:
 
     def _inputs(self, part: str, images: Images, *, at_least: bool = False) -> Iterable[Tensor]:
         """Normalised batches, kept for the next policy unless they are too large for that."""
-        parts = batches(self._network, images, self._batch_size, at_least=at_least)
+        size = self._together if at_least else self._batch_size
+        parts = batches(self._network, images, size, at_least=at_least)
         # As float32.
         if images.pixels.nbytes * 4 > _MAX_KEPT_BYTES:
             return parts
-        key = (f"{part} {len(images)}", self._batch_size)
+        key = (f"{part} {len(images)}", size)
         if key not in self._kept_inputs:
             dtype, device = self._measured.dtype, self._device
             self._kept_inputs[key] = [batch.to(device, dtype) for batch in parts]
@@ -337,7 +339,8 @@ class Scorer:
         except (MemoryError, RuntimeError) as exc:
             if not out_of_memory(exc):
                 raise
-            raise CandidateOutOfMemory(f"out of memory with batches of {self._batch_size}") from exc
+            sizes = " and ".join(map(str, dict.fromkeys((self._batch_size, self._together))))
+            raise CandidateOutOfMemory(f"out of memory with batches of {sizes}") from exc
         bad = [name for name, value in found["metrics"].items() if not np.isfinite(value)]
         if bad:
             raise FloatingPointError(f"the pruned network's {', '.join(bad)} is not finite")
@@ -358,10 +361,11 @@ class Scorer:
             raise FloatingPointError(f"{bad[0]} of the pruned network is not finite")
 
     def _attempt_smaller(self, policy: Policy, race: Race | None) -> dict[str, Any]:
-        before, self._batch_size = self._batch_size, max(1, self._batch_size // 2)
+        before = self._batch_size, self._together
+        self._batch_size, self._together = (max(1, size // 2) for size in before)
         try:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return self._attempt(policy, race)
         finally:
-            self._batch_size = before
+            self._batch_size, self._together = before

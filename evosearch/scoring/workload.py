@@ -36,6 +36,7 @@ __all__ = [
     "prepare_workload",
     "samples_of",
     "settled_batch_size",
+    "settled_calibration_batch",
     "settled_precision",
     "single_thread",
     "with_validation",
@@ -44,6 +45,8 @@ __all__ = [
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Flags of processors that multiply in bfloat16 rather than pretend to.
 _BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+# Batch norm that is recalibrated on 32 images at a time ends as with 128; on 8 it does not.
+_LEAST_TOGETHER = 32
 # Places of each feature map that are fitted: neighbours tell much the same.
 TARGET_POSITIONS = 16
 # Far more than rounding does to a sound network, far less than a cut does.
@@ -149,19 +152,40 @@ def settled_precision(wish: str, *, gpu: bool = False) -> str:
     if wish != "auto":
         return wish
     if gpu:
-        return (
-            "bfloat16"
-            if torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            else "float32"
-        )
+        able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if able else "float32"
     # Older versions of torch do not tell.
     flags: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if any(flags.get(flag) for flag in _BFLOAT16_FLAGS) else "float32"
 
 
-def settled_batch_size(wish: int | None, *, gpu: bool = False) -> int:
-    """What maps of a CIFAR network still fit a core's caches with; GPUs want work for thousands."""
-    return wish or (1024 if gpu else 128)
+def settled_batch_size(wish: int | None, shape: tuple[int, ...], *, gpu: bool = False) -> int:
+    """How many images run at once.
+
+    With 128 of 32x32, maps of a CIFAR network still fit a core's caches; GPUs want work for
+    thousands. Larger images come fewer at a time.
+
+    Args:
+        wish: What the recipe says, if anything.
+        shape: Of an image: channels, height, width.
+        gpu: Whether a GPU runs them.
+    """
+    most = 1024 if gpu else 128
+    return wish or min(most, max(most // 16, most * 32 * 32 // (shape[1] * shape[2])))
+
+
+def settled_calibration_batch(
+    wish: int | None, batch_wish: int | None, batch_size: int
+) -> int | None:
+    """At least how many calibration images run at once; None for `batch_size`.
+
+    Args:
+        wish: What the recipe says, if anything.
+        batch_wish: What it says of `batch_size`, which then holds for all images.
+        batch_size: From `settled_batch_size`.
+    """
+    few = batch_wish is None and batch_size < _LEAST_TOGETHER
+    return _LEAST_TOGETHER if wish is None and few else wish
 
 
 def _dense_logits(network: Network, layout: Layout, precision: str, images: list[Tensor]) -> Tensor:
@@ -303,7 +327,7 @@ def _look_at(
     needs: Set[str],
 ) -> _Seen:
     """Collects what the proxy needs, and what criteria need, and nothing else."""
-    proxy, size = proxy_named(settings.name), settings.batch_size
+    proxy, size = proxy_named(settings.name), settings.together
     samples: Samples | None = None
     grams: Mapping[str, NDArray[np.float64]] = {}
     moments: Mapping[str, Moments] = {}

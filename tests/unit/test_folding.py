@@ -17,6 +17,7 @@ from evosearch.scoring.workload import (
     divergence,
     prepare_workload,
     settled_batch_size,
+    settled_calibration_batch,
     settled_precision,
 )
 
@@ -147,6 +148,23 @@ def test_precision_that_is_named_is_not_second_guessed() -> None:
 
 
 def test_batch_size_is_a_wish_or_what_the_device_likes() -> None:
-    assert settled_batch_size(None) == 128
-    assert settled_batch_size(None, gpu=True) > 128
-    assert settled_batch_size(32, gpu=True) == 32
+    cifar = (3, 32, 32)
+    assert settled_batch_size(None, cifar) == settled_batch_size(None, (1, 28, 28)) == 128
+    assert settled_batch_size(None, cifar, gpu=True) > 128
+    assert settled_batch_size(48, cifar, gpu=True) == 48
+
+
+def test_larger_images_come_fewer_at_a_time() -> None:
+    sizes = [settled_batch_size(None, (3, edge, edge)) for edge in (32, 48, 64, 224)]
+    assert sizes == [128, 56, 32, 8]
+    assert settled_batch_size(None, (3, 224, 224), gpu=True) == 64
+    assert settled_batch_size(7, (3, 224, 224)) == 7
+
+
+def test_calibration_images_run_together_unless_somebody_said_how_many() -> None:
+    assert settled_calibration_batch(None, None, 8) == 32
+    assert settled_calibration_batch(None, None, 56) is None
+    # A size that was named, or that a run has recorded, is meant for all images.
+    assert settled_calibration_batch(None, 8, 8) is None
+    assert settled_calibration_batch(16, None, 8) == 16
+    assert settled_calibration_batch(16, 8, 8) == 16

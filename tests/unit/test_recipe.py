@@ -318,6 +318,7 @@ RELEVANT = {
     "proxy.recalibrate": False,
     "proxy.ridge": 0.3,
     "proxy.batch_size": 3,
+    "proxy.calibration_batch": 3,
     "proxy.precision": "float32",
     "proxy.recalibration_images": 3,
     "proxy.reconstruction_images": 3,

@@ -82,12 +82,20 @@ def test_policy_of_another_network_is_a_failed_measurement(
 
 
 class Greedy:
-    """Makes measuring raise for every batch larger than it likes; notes the sizes it saw."""
+    """Makes forward passes raise for every batch larger than it likes; notes the sizes it saw."""
 
     def __init__(self, scorer: Scorer, most: int, error: BaseException) -> None:
         self.most, self.error = most, error
         self.seen: list[int] = []
-        self.handle = scorer._measured.module.register_forward_pre_hook(self)
+        self.handles = [
+            fast.module.register_forward_pre_hook(self)
+            for fast in (scorer._recalibrated, scorer._measured)
+        ]
+
+    def remove(self) -> None:
+        """Lets everything pass from now on."""
+        for handle in self.handles:
+            handle.remove()
 
     def __call__(self, _module: nn.Module, args: tuple[Tensor]) -> None:
         self.seen.append(len(args[0]))
@@ -122,6 +130,21 @@ def test_memory_error_is_tried_again_with_half_the_batch(
     assert set(greedy.seen[1:]) == {BATCH // 2}
 
 
+def test_recalibration_is_tried_again_with_half_of_its_own_batch(prepared: Prepare) -> None:
+    scorer = Scorer(prepared("recalibrated", batch_size=4, calibration_batch=20))
+    greedy = Greedy(scorer, 10, MemoryError("no room"))
+    assert scorer.score(HALF).ok
+    assert greedy.seen[:2] == [20, 10]
+    assert greedy.seen[-1] == 2
+    # The next one is tried as before.
+    greedy.seen.clear()
+    scorer.score(HALF)
+    assert greedy.seen[0] == 20
+    scorer = Scorer(prepared("recalibrated", batch_size=4, calibration_batch=20))
+    Greedy(scorer, 0, MemoryError("no room"))
+    assert scorer.score(HALF).reason == "out of memory with batches of 2 and 10"
+
+
 @pytest.mark.parametrize("error", MEMORY_ERRORS)
 def test_memory_error_with_half_the_batch_is_out_of_memory(
     prepared: Prepare, error: Exception
@@ -142,7 +165,7 @@ def test_failure_leaves_no_trace_in_later_measurements(
     scorer = Scorer(prepared(name))
     greedy = Greedy(scorer, 0, error)
     assert not scorer.score(ODD).ok
-    greedy.handle.remove()
+    greedy.remove()
     assert same(scorer.score(HALF), Scorer(prepared(name)).score(HALF))
 
 
@@ -150,7 +173,7 @@ def test_failed_recalibration_restores_the_momentum(prepared: Prepare) -> None:
     scorer = Scorer(prepared("recalibrated"))
     greedy = Greedy(scorer, 0, RuntimeError("boom"))
     scorer.score(ODD)
-    greedy.handle.remove()
+    greedy.remove()
     module = scorer.network_of(HALF)
     assert {m.momentum for m in module.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
 

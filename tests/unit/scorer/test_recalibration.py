@@ -40,14 +40,16 @@ def batch_statistics(module: nn.Module, inputs: list[Tensor]) -> dict[str, Tenso
 
 
 @pytest.mark.parametrize("policy", [DENSE, ODD])
+# 40 images in batches of at least 16, like all images, or of a size of their own.
+@pytest.mark.parametrize(("together", "parts"), [(None, 2), (10, 4), (21, 1)])
 def test_recalibration_averages_the_statistics_of_batches(
-    prepared: Prepare, policy: Policy
+    prepared: Prepare, policy: Policy, together: int | None, parts: int
 ) -> None:
-    workload = prepared("recalibrated")
+    workload = prepared("recalibrated", calibration_batch=together)
     network = workload.network()
-    halves = np.split(workload.calibration.pixels, 2)  # 40 images in batches of at least 16
+    split = np.split(workload.calibration.pixels, parts)
     cut = copy.deepcopy(Scorer(prepared("raw")).network_of(policy))
-    wanted = batch_statistics(cut, [network.normalise(half) for half in halves])
+    wanted = batch_statistics(cut, [network.normalise(part) for part in split])
     found = Scorer(workload).network_of(policy).state_dict()
     for key, value in wanted.items():
         torch.testing.assert_close(found[key].double(), value, rtol=1e-4, atol=1e-5)
