@@ -240,7 +240,10 @@ def fidelity(
     subject: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="What is pruned")],
     policies: Annotated[int, typer.Option(min=1, help="Policies per set")] = 40,
     truth: Annotated[
-        str, typer.Option(help="epochs, lr, batch, seeds, fraction, precision, start=VARIANT")
+        str,
+        typer.Option(
+            help="epochs, lr, batch, seeds, fraction, precision (auto, bf16, fp32), start=VARIANT"
+        ),
     ] = "finetune:epochs=1",
     out: Annotated[
         Path | None, typer.Option(help="Directory [runs/RECIPE-fidelity, RUN/fidelity]")

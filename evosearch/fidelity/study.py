@@ -4,8 +4,9 @@ DIR/fidelity.jsonl is the truth: policies, scores and fine-tuned networks as the
 tables and the picture beside it are made from it at the end.
 """
 
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from evosearch.scoring.workload import Workload
 __all__ = ["Finished", "Options", "study", "subject"]
 
 FEWEST = 5
+_SIZES = ("data.calibration", "data.validation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +141,7 @@ def study(
     variants = _distinct(options.variants, recipe)
     check_images(recipe, options.truth)
     assembled = assemble(recipe)
+    start = _start(assembled, options)
     parts = parts_of(recipe, test=options.test)
     if options.test is None and "test" not in parts:
         observer.phase("the truth is measured on held-out images, as there are no test images")
@@ -151,7 +154,8 @@ def study(
             for name, variant in variants.items():
                 _score(name, variant, assembled, everybody, journal, stop, observer)
             _score_free(assembled, everybody, journal)
-            _fine_tune(assembled, options, parts, everybody, journal, stop, observer)
+            tune = functools.partial(fine_tune_all, start, recipe, options.truth, parts)
+            _fine_tune(tune, options.truth, everybody, journal, stop, observer)
         observer.phase("comparing")
         comparison = compare(
             journal,
@@ -254,6 +258,22 @@ def _workload(assembled: Assembled, recipe: Recipe) -> Workload:
     return assembled.workload if recipe == assembled.recipe else assemble(recipe).workload
 
 
+def _start(assembled: Assembled, options: Options) -> Workload:
+    """Prepares the networks that are fine-tuned; now, as the journal will be bound to them.
+
+    Raises:
+        ConfigError: The start would calibrate on other images than the truth leaves it.
+    """
+    name, changes = options.truth.start, options.start().changes
+    for key in changes:
+        if not key.startswith("proxy.") and key not in _SIZES:
+            raise ConfigError(
+                f"--truth: start={name} sets {key}, and fine-tuning goes by the recipe's images; a "
+                f"start may set keys of proxy, {' and '.join(_SIZES)}"
+            )
+    return _workload(assembled, change_recipe(assembled.recipe, changes, f"--truth: start={name}"))
+
+
 def _score(
     name: str,
     variant: Variant,
@@ -319,9 +339,8 @@ def _score_free(assembled: Assembled, policies: list[Policy], journal: Journal) 
 
 
 def _fine_tune(
-    assembled: Assembled,
-    options: Options,
-    parts: tuple[str, ...],
+    tune: Callable[..., None],
+    truth: Truth,
     policies: list[Policy],
     journal: Journal,
     stop: StopSignal,
@@ -329,13 +348,11 @@ def _fine_tune(
 ) -> None:
     done = {(tuple(record["keep"]), record["seed"]) for record in journal.of_kind("truth")}
     # All policies once before any is repeated: an early table has as many policies as it can.
-    wanted = [(policy, seed) for seed in range(options.truth.seeds) for policy in policies]
+    wanted = [(policy, seed) for seed in range(truth.seeds) for policy in policies]
     missing = [(policy, seed) for policy, seed in wanted if (policy.keep, seed) not in done]
     if not missing or stop():
         return
-    start = options.truth.start
-    observer.phase(f"fine-tuning {len(missing)} networks, prepared as by {start}")
-    prepared = change_recipe(assembled.recipe, options.start().changes, f"--truth: start={start}")
+    observer.phase(f"fine-tuning {len(missing)} networks, prepared as by {truth.start}")
     left = len(missing)
 
     def record(result: FineTuned) -> None:
@@ -352,5 +369,4 @@ def _fine_tune(
         told = result.reason or ", ".join(f"{k} {v:.4f}" for k, v in result.numbers.items())
         observer.phase(f"{result.policy.digest} {told} ({result.seconds:.0f} s; {left} left)")
 
-    workload = _workload(assembled, prepared)
-    fine_tune_all(workload, assembled.recipe, options.truth, parts, missing, record, stop)
+    tune(missing, record, stop)

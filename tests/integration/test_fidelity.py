@@ -165,6 +165,14 @@ def test_mistakes_are_told_before_anything_is_measured(
 ) -> None:
     name = recipe()
     for options, told in (
+        (
+            ["--proxy-variant", "x:data.held_out=7", "--truth", "finetune:batch=64,start=x"],
+            "start=x sets data.held_out, and fine-tuning goes by the recipe's images",
+        ),
+        (
+            ["--proxy-variant", "x:data.validation=9999", "--truth", "finetune:batch=64,start=x"],
+            "data.validation = 9999: wanted 9999 images of the",
+        ),
         (["--macs", "0.0001,0.0002"], "is out of reach; within the bounds of the space MACs"),
         (["--truth", "finetune:fraction=0.01"], "fewer than one batch of 128"),
         (["--proxy-variant", "x:proxy.name=magic"], "no proxy 'magic'"),
