@@ -161,6 +161,17 @@ def test_twin_of_a_channel_goes_before_channels_of_their_own() -> None:
     assert {int(steps[0]), int(steps[2])} != {0, 1}
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_of_twins_the_last_goes_first_whatever_rounding_does(sign: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(900, 40, generator=generator, dtype=torch.float64).relu()
+    weight = torch.randn(50, 40, 9, generator=generator, dtype=torch.float64)
+    x, weight = torch.cat([x, x], dim=1), torch.cat([weight, sign * weight], dim=1)
+    reader = Consumer(weight, x.T @ x / 900, torch.arange(80))
+    first, second = CRITERIA["residual-energy"].score(view(consumers=[reader])).split(40)
+    assert (second < first).all()
+
+
 # --- the order
 
 

@@ -15,6 +15,8 @@ __all__ = ["residual_energy"]
 
 # Steps whose changes to the matrices are made together, as one product.
 _BLOCK = 64
+# Energies this near to each other, as a share, are equal.
+_EQUAL = 1e-7
 
 
 class _Elimination:
@@ -105,8 +107,11 @@ def residual_energy(view: GroupView) -> Tensor:
                 energy += elimination.energy
             if not torch.isfinite(energy[~gone]).all():
                 return torch.full((n,), torch.nan)
-            # Of equals the last goes first, as for all criteria.
-            j = len(left) - 1 - int(energy.masked_fill(gone, torch.inf).flip(0).argmin())
+            # Of equals the last goes first, as for all criteria; which of two channels that do the
+            # same is not to hang on the last bits of sums, which differ between machines.
+            energy.masked_fill_(gone, torch.inf)
+            least = energy.min()
+            j = int((energy <= least + _EQUAL * least.abs()).nonzero()[-1])
             step[left[j]] = removed
             gone[j] = True
             for elimination in consumers:
