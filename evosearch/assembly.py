@@ -129,6 +129,12 @@ class Assembled:
                 "there are no last feature maps that keep all channels and that every cut moves; "
                 f"set data.validation to {_FEW_FOR_OUTPUTS} or more"
             )
+        good = settled_precision("auto", gpu=self.recipe.run.gpus_per_worker > 0)
+        if (self.recipe.proxy.precision, good) == ("bfloat16", "float32"):
+            found.append(
+                "proxy.precision is bfloat16, which this machine does not compute in: candidates "
+                "may take ten times as long as in float32, which a new run would choose here"
+            )
         return found
 
     def _order_digest(self) -> str:

@@ -140,6 +140,20 @@ def test_a_network_that_knows_its_images_is_not_doubted() -> None:
     assert assemble(recipe(network=trained)).doubts() == []
 
 
+@pytest.mark.parametrize("able", [False, True])
+def test_a_precision_that_the_machine_only_emulates_is_doubted(
+    able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a run is resumed on another machine."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": able}, raising=False)
+    trained = {"name": "resnet20", "weights": "shipped:resnet20-cifar10"}
+    for precision, doubted in (("bfloat16", not able), ("float32", False)):
+        doubts = assemble(recipe(network=trained, proxy={"precision": precision})).doubts()
+        assert [doubt.split(",")[0] for doubt in doubts] == (
+            ["proxy.precision is bfloat16"] if doubted else []
+        )
+
+
 def test_few_images_are_doubted_where_distortion_is_that_of_outputs() -> None:
     *_, said = assemble(recipe()).doubts()
     assert said.startswith("64 validation images are few for distortion, which")
