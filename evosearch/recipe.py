@@ -157,8 +157,9 @@ class ProxyRecipe(_Table):
     """Images per forward pass; 128 if left out, 1024 on a GPU, and down to a 16th of that where
     images are larger than 32x32; settled at launch."""
     calibration_batch: Count | None = None
-    """At least so many calibration images per forward pass, as batch norm is recalibrated and
-    distilled on batches; `batch_size` if left out, but 32 where neither is named."""
+    """At least so many calibration images per forward pass: batch norm is recalibrated on batches,
+    and steps of distillation are taken on them. `batch_size` if left out, but 32 where neither is
+    named and that is less."""
 
 
 class RunRecipe(_Table):
