@@ -6,7 +6,8 @@ tables and the picture beside it are made from it at the end.
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def study(
         observer.phase("the truth is measured on held-out images, as there are no test images")
     with Journal.open(directory, _settings(assembled, options, parts)) as journal:
         stop = StopSignal(observer)
-        with stop.installed():
+        with _said_when_stopped(observer), stop.installed():
             sets = _policies(assembled, run, options, journal)
             everybody = list(dict.fromkeys(policy for chosen in sets.values() for policy in chosen))
             _register(variants, journal)
@@ -170,6 +171,16 @@ def study(
     return Finished(
         directory=directory, comparison=comparison, files=files, interrupted=stop.requested
     )
+
+
+@contextmanager
+def _said_when_stopped(observer: Observer) -> Iterator[None]:
+    """Whoever interrupts twice is told what becomes of the work."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        observer.phase("stopped; what was found is recorded, and the same command continues")
+        raise
 
 
 def _settings(assembled: Assembled, options: Options, parts: tuple[str, ...]) -> dict[str, Any]:

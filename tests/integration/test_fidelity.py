@@ -147,6 +147,21 @@ def test_interrupted_study_exits_130_and_continues(cli: Cli, recipe: Callable[..
     )
 
 
+def test_second_interrupt_stops_a_study_now(cli: Cli, recipe: Callable[..., str]) -> None:
+    process = cli.start(*study(recipe(), truth="finetune:epochs=999,batch=64"))
+    path = cli.folder / "study" / "fidelity.jsonl"
+    wait_for(process, path, '"variant":"free"')  # fine-tuning comes next, and takes long
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "what was found is recorded, and the same command continues" in err
+    assert "Traceback" not in err
+
+
 def test_a_run_adds_its_own_policies(cli: Cli, recipe: Callable[..., str]) -> None:
     cli.here("launch", recipe(), "--out", "run", "--evaluations", "24")
     said = cli.run(
