@@ -23,7 +23,6 @@ from evosearch.data import (
 )
 from evosearch.errors import ConfigError
 from evosearch.materials import ImageSets, network_and_images
-from evosearch.networks import Network
 from evosearch.policy import Policy
 from evosearch.pruning.blending import cluster_groups
 from evosearch.pruning.criteria import applicable_criteria, criterion_named
@@ -174,8 +173,12 @@ def _digest(arrays: Mapping[str, NDArray[np.generic]]) -> str:
     return digest.hexdigest()
 
 
-def assemble(recipe: Recipe) -> Assembled:
+def assemble(recipe: Recipe, criteria: Sequence[str] = ()) -> Assembled:
     """Makes everything that a recipe names, and checks that it fits together.
+
+    Args:
+        recipe: It.
+        criteria: What "all criteria" meant when a run was launched; later versions have more.
 
     Raises:
         EvosearchError: Something does not; names the field, group or file.
@@ -189,7 +192,10 @@ def assemble(recipe: Recipe) -> Assembled:
     plan = trace(network)
     options = {key: value for key, value in recipe.space.items() if key != "name"}
     wish = criteria_wish(recipe.space["name"], options)
-    facts = None if wish is None else _unclustered(wish, network, plan, recipe.proxy.criterion)
+    if wish is not None and not wish.names:
+        named = tuple(criteria) or applicable_criteria(network.module, plan)[0]
+        wish = replace(wish, names=named)
+    facts = None if wish is None else _unclustered(wish, plan, recipe.proxy.criterion)
     space = make_space(recipe.space["name"], plan.table, options, facts)
     if wish is None and space.cheapest() == space.dearest():
         raise ConfigError(
@@ -250,17 +256,14 @@ def assemble(recipe: Recipe) -> Assembled:
     )
 
 
-def _unclustered(
-    wish: CriteriaWish, network: Network, plan: CuttingPlan, default: str
-) -> CriteriaFacts:
+def _unclustered(wish: CriteriaWish, plan: CuttingPlan, default: str) -> CriteriaFacts:
     """Facts before anything is computed: enough to check options and budgets."""
-    names = wish.names or applicable_criteria(network.module, plan)[0]
-    for field, named in (("proxy.criterion", (default,)), ("space.criteria", names)):
+    for field, named in (("proxy.criterion", (default,)), ("space.criteria", wish.names)):
         with _naming(field):
             for name in named:
                 criterion_named(name)
     return CriteriaFacts(
-        names=names, default=default, clusters=((names,),) * len(plan.table.groups)
+        names=wish.names, default=default, clusters=((wish.names,),) * len(plan.table.groups)
     )
 
 

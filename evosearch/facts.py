@@ -65,6 +65,11 @@ class RunFacts(BaseModel):
     reason: str = ""
     """Why the search ended."""
 
+    @property
+    def criteria_names(self) -> tuple[str, ...]:
+        """Criteria that blends choose from; none in other spaces."""
+        return tuple((self.criteria or {}).get("names", ()))
+
     @field_validator("worst")
     @classmethod
     def _all_metrics(cls, worst: dict[str, float]) -> dict[str, float]:

@@ -189,7 +189,7 @@ def resume(
                 "leave it out or name more"
             )
         observer.phase(f"preparing {recipe.network.name}")
-        assembled = assemble(recipe)
+        assembled = assemble(recipe, recorded.criteria_names)
         check_same(recorded, assembled.facts(), directory)
         _announce(assembled, observer)
         ledger.set_meta("evaluations", evaluations or before)

@@ -65,7 +65,7 @@ def _workload(assembled: Assembled, preparation: Preparation) -> Workload:
                 "with --calibration"
             )
     try:
-        found = assemble(recipe).workload
+        found = assemble(recipe, assembled.criteria.names if assembled.criteria else ()).workload
     except (ConfigError, DataError, NetworkError) as exc:
         raise ConfigError(f"{preparation}: {exc}") from exc
     except (RuntimeError, MemoryError) as exc:
@@ -89,7 +89,8 @@ class _Writer:
     def __init__(self, run: Path, ledger: Ledger, preparation: Preparation) -> None:
         recorded = read_facts(ledger)
         # Where it was searched does not matter any more.
-        assembled = assemble(recorded.recipe.model_copy(update={"run": RunRecipe(workers=0)}))
+        recipe = recorded.recipe.model_copy(update={"run": RunRecipe(workers=0)})
+        assembled = assemble(recipe, recorded.criteria_names)
         check_same(recorded, assembled.facts(), run)
         self._groups = recorded.groups
         self._preparation = preparation

@@ -10,15 +10,16 @@ import pytest
 import torch
 
 import evosearch
+from evosearch.pruning.criteria import CRITERIA as LISTED
 from tests.integration.conftest import Cli
 
 Refused = Callable[..., str]
 
-BLEND = """
+CRITERIA = 'criteria = ["l1", "bn-scale", "apoz", "obd", "mine.py:first"]\n'
+BLEND = f"""
 [space]
 name = "criterion-blend"
-criteria = ["l1", "bn-scale", "apoz", "obd", "mine.py:first"]
-sparsity = [0.0, 0.9]
+{CRITERIA}sparsity = [0.0, 0.9]
 
 [proxy]
 name = "raw"
@@ -52,6 +53,24 @@ def test_search_of_blends_that_was_continued_exports_what_one_in_a_row_does(
     table = pd.read_csv(cli.folder / "one.csv", keep_default_na=False)
     told = {text for name in table for text in table[name] if name.startswith("blend:")}
     assert any("mine.py:first" in text or "apoz" in text for text in told)
+
+
+def test_run_of_a_version_that_knew_fewer_criteria_goes_on_with_those(
+    cli: Cli, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blend = recipe("Tiny", BLEND.replace(CRITERIA, ""))
+    with monkeypatch.context() as before:
+        before.setattr(
+            "evosearch.assembly.applicable_criteria", lambda *_: (("l1", "l2", "bn-scale"), {})
+        )
+        cli.here("launch", blend, "--out", "run", "--evaluations", "4")
+    cli.here("resume", "run", "--evaluations", "8")
+    cli.here("export", "run", "networks/", "--set", "proxy.recalibrate=true")
+    cli.here("export", "run", "all.json", "--all")
+    rows = json.loads((cli.folder / "all.json").read_text())
+    told = {name for row in rows for name in LISTED if any(name in str(v) for v in row.values())}
+    assert len(rows) == 8
+    assert told <= {"l1", "l2", "bn-scale"}
 
 
 def test_network_of_a_blend_is_exported_and_loads(cli: Cli, blend: str) -> None:
