@@ -1,6 +1,7 @@
 """Criteria that look at weights and Gram matrices, and the order that follows from one."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from evosearch.pruning.table import Group
 from tests.unit.small_networks import Flat, FloatArray, Joined, Traced, own, spd
 
 WEIGHT_CRITERIA = ("l1", "l2", "fpgm", "bn-scale")
+GREEDY = ("residual-energy", "output-variance")
 FILTERS = [[3.0, -4.0], [0.0, 0.0], [-6.0, 8.0]]
 
 
@@ -77,6 +79,14 @@ def test_batch_norm_scale_counts_by_its_size() -> None:
 def test_batch_norm_scale_without_a_batch_norm_is_refused() -> None:
     with pytest.raises(NetworkError, match="group g has none; choose another criterion"):
         CRITERIA["bn-scale"].score(view([FILTERS]))
+
+
+def test_consumer_l2_is_the_norm_of_what_reads_a_channel() -> None:
+    weight = torch.tensor([[[3.0], [9.0], [0.0]], [[4.0], [9.0], [2.0]]], dtype=torch.float64)
+    first = Consumer(weight, None, torch.tensor([2, 0]))
+    assert CRITERIA["consumer-l2"].score(view(consumers=[first])).tolist() == [2.0, 5.0]
+    second = Consumer(weight, None, torch.tensor([0, 2]))
+    assert CRITERIA["consumer-l2"].score(view(consumers=[first, second])).tolist() == [3.5, 3.5]
 
 
 # --- residual energy, by brute force
@@ -172,6 +182,50 @@ def test_of_twins_the_last_goes_first_whatever_rounding_does(sign: float) -> Non
     assert (second < first).all()
 
 
+# --- output variance, by brute force
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("n_readers", [1, 2])
+def test_output_variance_removes_what_adds_least_at_every_step(seed: int, n_readers: int) -> None:
+    """With kernels of one, A is the true covariance of what is lost."""
+    generator = torch.Generator().manual_seed(seed)
+    readers, means, lost = [], [], []
+    for _ in range(n_readers):
+        mixing = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+        x = torch.randn(400, 6, generator=generator, dtype=torch.float64) @ mixing + 1
+        weight = torch.randn(3, 6, 1, generator=generator, dtype=torch.float64)
+        columns = torch.randperm(6, generator=generator)[:5]
+        readers.append(Consumer(weight, x.T @ x / 400, columns))
+        means.append(x[:, columns])
+        lost.append(x[:, columns, None] * weight[:, columns, 0].T)
+    found = CRITERIA["output-variance"].score(
+        replace(view(consumers=readers), evidence={"pooled": tuple(means)})
+    )
+    gone: list[int] = []
+    while len(gone) < 5:
+        left = [channel for channel in range(5) if channel not in gone]
+        totals = [
+            sum(
+                float(x[:, [*gone, channel]].sum(dim=1).var(dim=0, correction=0).sum())
+                for x in lost
+            )
+            for channel in left
+        ]
+        gone.append(left[int(np.argmin(totals))])
+    assert found.tolist() == [gone.index(channel) for channel in range(5)]
+
+
+def test_channel_that_never_changes_goes_first_however_large_it_is() -> None:
+    """Its mean is all it has, and recalibrated batch norm makes up for that."""
+    x = torch.randn(500, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 1] = 100
+    reader = Consumer(torch.ones(3, 4, 1, dtype=torch.float64), x.T @ x / 500, torch.arange(4))
+    seen = replace(view(consumers=[reader]), evidence={"pooled": (x,)})
+    assert CRITERIA["output-variance"].score(seen)[1] == 0
+    assert CRITERIA["residual-energy"].score(seen)[1] > 0
+
+
 # --- the order
 
 
@@ -214,12 +268,13 @@ def test_batch_norm_of_joined_channels_is_divided_among_the_groups(
 
 @pytest.mark.parametrize(
     "criterion",
-    [*WEIGHT_CRITERIA, "residual-energy"],
+    [*WEIGHT_CRITERIA, "consumer-l2", *GREEDY],
 )
 def test_ties_go_to_the_lower_channel(criterion: str) -> None:
     network, plan = own(Tied())
-    grams = {"b": np.eye(6), "fc": np.eye(4)}
-    places = channel_order(network.module, plan, criterion, grams)
+    # Channels that are all the same have no inverse; means must be those of the same inputs.
+    grams = {"b": np.eye(6), "fc": np.eye(4)} if criterion == "residual-energy" else None
+    places = channel_order(network.module, plan, criterion, grams, samples_of(network))
     assert places.tolist() == [*range(6), *range(4)]
 
 
@@ -251,19 +306,22 @@ def test_weights_that_are_not_finite_are_refused_with_the_group(criterion: str, 
         channel_order(network.module, plan, criterion)
 
 
+@pytest.mark.parametrize("criterion", ["consumer-l2", *GREEDY])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_readers_that_are_not_finite_are_refused_with_the_group(bad: float) -> None:
+def test_readers_that_are_not_finite_are_refused_with_the_group(criterion: str, bad: float) -> None:
     network, plan = own(Tied())
     grams = {"b": np.eye(6), "fc": np.eye(4)}
     with torch.no_grad():
         network.module.fc.weight[:, 2] = bad
-    with pytest.raises(NetworkError, match=r"criterion residual-energy gives .* for group b"):
-        channel_order(network.module, plan, "residual-energy", grams)
+    with pytest.raises(NetworkError, match=rf"criterion {criterion} gives .* for group b"):
+        channel_order(network.module, plan, criterion, grams, samples_of(network))
 
 
 def test_unknown_criterion_lists_the_known_ones(flat: Traced) -> None:
     network, plan = flat
-    with pytest.raises(ConfigError, match="no criterion 'frob'; there are l1, l2, fpgm, fermat"):
+    with pytest.raises(
+        ConfigError, match="no criterion 'frob'; there are l1, l2, consumer-l2, fpgm"
+    ):
         channel_order(network.module, plan, "frob")
 
 

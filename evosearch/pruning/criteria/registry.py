@@ -46,6 +46,9 @@ class Criterion:
 CRITERIA: Mapping[str, Criterion] = {
     "l1": Criterion(title="L1 norm of the filter", score=weights.l1),
     "l2": Criterion(title="L2 norm of the filter", score=weights.l2),
+    "consumer-l2": Criterion(
+        title="L2 norm of the weights that read the channel (FastNAS)", score=weights.consumer_l2
+    ),
     "fpgm": Criterion(title="distance to the other filters of the layer", score=weights.fpgm),
     "fermat": Criterion(title="distance to the filters' geometric median", score=weights.fermat),
     "bn-scale": Criterion(
@@ -89,6 +92,11 @@ CRITERIA: Mapping[str, Criterion] = {
         title="greedy removal by compensated residual energy of the consumers",
         score=residual.residual_energy,
         needs=("grams",),
+    ),
+    "output-variance": Criterion(
+        title="greedy removal by the variance that the consumers' outputs lose",
+        score=residual.output_variance,
+        needs=("grams", "pooled"),
     ),
     "excitation": Criterion(
         title="squeeze-excitation gates trained on the frozen network (UCP, reconstructed)",

@@ -1,4 +1,7 @@
-"""Compensated residual energy: which channels least-squares compensation can least make up for.
+"""Greedy removal by what the consumers of a group lose, one channel after another.
+
+What is lost depends on what is made up for: by least-squares compensation all that the remaining
+channels can tell, by recalibrated batch norm the mean.
 
 References:
     [Hassibi1993] B. Hassibi, D. Stork, "Second order derivatives for network pruning: Optimal
@@ -10,13 +13,14 @@ from torch import Tensor
 
 from evosearch.pruning.criteria.view import GroupView
 
-__all__ = ["residual_energy"]
-
+__all__ = ["output_variance", "residual_energy"]
 
 # Steps whose changes to the matrices are made together, as one product.
 _BLOCK = 64
 # Energies this near to each other, as a share, are equal.
 _EQUAL = 1e-7
+# Of moments, as a share.
+_ROUNDING = 1e-6
 
 
 class _Elimination:
@@ -73,6 +77,17 @@ class _Elimination:
         self._start()
 
 
+def _least(energy: Tensor, gone: Tensor, rounding: float = 0.0) -> int:
+    """Which of those that are left has the least energy; of equals the last.
+
+    So it is for all criteria, and which of two channels that do the same goes is not to hang on
+    the last bits of sums, which differ between machines.
+    """
+    left = energy.masked_fill(gone, torch.inf)
+    least = float(left.min())
+    return int((left <= least + max(_EQUAL * abs(least), rounding)).nonzero()[-1])
+
+
 def residual_energy(view: GroupView) -> Tensor:
     """Order of greedy removal by compensated residual energy of the consumers.
 
@@ -107,11 +122,7 @@ def residual_energy(view: GroupView) -> Tensor:
                 energy += elimination.energy
             if not torch.isfinite(energy[~gone]).all():
                 return torch.full((n,), torch.nan)
-            # Of equals the last goes first, as for all criteria; which of two channels that do the
-            # same is not to hang on the last bits of sums, which differ between machines.
-            energy.masked_fill_(gone, torch.inf)
-            least = energy.min()
-            j = int((energy <= least + _EQUAL * least.abs()).nonzero()[-1])
+            j = _least(energy, gone)
             step[left[j]] = removed
             gone[j] = True
             for elimination in consumers:
@@ -119,4 +130,41 @@ def residual_energy(view: GroupView) -> Tensor:
         for elimination in consumers:
             elimination.keep(~gone)
         left = left[~gone]
+    return step
+
+
+def output_variance(view: GroupView) -> Tensor:
+    """Order of greedy removal by the variance that the consumers' outputs lose.
+
+    Without input channels S the output of a consumer lacks the sum of W_j x_j over S. Batch norm
+    behind it, recalibrated, makes up for the mean of that sum, not for its variance, which is the
+    sum of A_ij over S x S with A = (W^T W) * C, C being the covariance of the channels over images
+    and positions, and positions of a kernel taken as independent. The channel that adds least,
+    summed over the consumers whatever the coupling rule, goes first.
+
+    Returns:
+        `(n_channels,)` the step at which each channel was removed: 0 is the least important. NaN
+        if weights or moments are not finite.
+    """
+    n = view.group.channels
+    shared = torch.zeros(n, n, dtype=torch.float64)
+    rounding = 0.0
+    for consumer, pooled in zip(view.consumers, view.seen("pooled"), strict=True):
+        assert consumer.gram is not None  # noqa: S101  channel_scores provides what is needed
+        columns, mean = consumer.columns, pooled.mean(dim=0)
+        moments = consumer.gram[columns][:, columns]
+        weight = consumer.weight[:, columns].transpose(1, 2).reshape(-1, n)
+        products = weight.T @ weight
+        shared += products * (moments - torch.outer(mean, mean))
+        # Both are sums of single precision, and their difference may be small.
+        rounding += _ROUNDING * float((products * moments).diagonal().max())
+    if not torch.isfinite(shared).all():
+        return torch.full((n,), torch.nan)
+    step, gone = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.bool)
+    added = shared.diagonal().clone()
+    for removed in range(n):
+        j = _least(added, gone, (1 + 2 * removed) * rounding)
+        step[j] = removed
+        gone[j] = True
+        added += 2 * shared[:, j]
     return step

@@ -9,6 +9,7 @@ References:
         PNAS 97(4), 2000: Weiszfeld's iteration, also where it meets a data point.
     [Liu2017] Z. Liu et al., "Learning Efficient Convolutional Networks through Network Slimming",
         ICCV 2017 (batch-norm scale).
+    [ModelOpt] NVIDIA, Model Optimizer 0.47: the order of channels of its FastNAS.
 """
 
 import hashlib
@@ -20,7 +21,17 @@ from torch import Tensor
 from evosearch.errors import NetworkError
 from evosearch.pruning.criteria.view import GroupView
 
-__all__ = ["bn_scale", "coin", "fermat", "fpgm", "geometric_median", "l1", "l2", "need_norms"]
+__all__ = [
+    "bn_scale",
+    "coin",
+    "consumer_l2",
+    "fermat",
+    "fpgm",
+    "geometric_median",
+    "l1",
+    "l2",
+    "need_norms",
+]
 
 _STEPS, _TOLERANCE = 200, 1e-10
 
@@ -33,6 +44,14 @@ def l1(view: GroupView) -> Tensor:
 def l2(view: GroupView) -> Tensor:
     """Euclidean norm of the filter [He2018]."""
     return view.combine(weight.norm(dim=1) for weight in view.producers)
+
+
+def consumer_l2(view: GroupView) -> Tensor:
+    """Euclidean norm of the weights that read the channel [ModelOpt]."""
+    return view.combine(
+        consumer.weight[:, consumer.columns].transpose(0, 1).flatten(1).norm(dim=1)
+        for consumer in view.consumers
+    )
 
 
 def fpgm(view: GroupView) -> Tensor:
