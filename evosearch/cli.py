@@ -369,29 +369,33 @@ def train(
     from evosearch.training import TrainSettings
     from evosearch.training.command import train_baseline
 
-    trained = train_baseline(
-        NetworkSpec(name=network, num_classes=num_classes),
-        data,
-        SourceOptions(
-            root=data_root,
-            download=download,
-            test_path=test_data,
-            held_out=held_out,
-            official_order=official_order or None,
-        ),
-        TrainSettings(
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            weight_decay=weight_decay,
-            precision=precision,
-            seed=seed,
-            threads=threads,
-        ),
-        out,
-        test=not (data.endswith(".npz") and test_data is None),
-        report=_report_epoch,
-    )
+    try:
+        trained = train_baseline(
+            NetworkSpec(name=network, num_classes=num_classes),
+            data,
+            SourceOptions(
+                root=data_root,
+                download=download,
+                test_path=test_data,
+                held_out=held_out,
+                official_order=official_order or None,
+            ),
+            TrainSettings(
+                epochs=epochs,
+                batch_size=batch_size,
+                lr=lr,
+                weight_decay=weight_decay,
+                precision=precision,
+                seed=seed,
+                threads=threads,
+            ),
+            out,
+            test=not (data.endswith(".npz") and test_data is None),
+            report=_report_epoch,
+        )
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command continues after the last whole epoch", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     test = "" if trained.test_top1 is None else f", test {trained.test_top1:.2%}"
     typer.echo(f"{trained.weights}: held out {trained.held_out_top1:.2%}{test}; log {trained.log}")
 

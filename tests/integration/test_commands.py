@@ -1,6 +1,7 @@
 """The commands as a user meets them."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -248,7 +249,8 @@ def test_a_run_can_start_from_another_one(cli: Cli, recipe: Callable[..., str], 
     assert best <= asked
 
 
-def test_training_can_be_killed_and_continued(cli: Cli) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_training_can_be_stopped_and_continued(cli: Cli, how: signal.Signals) -> None:
     options = ["--epochs", "3", "--batch-size", "100", "--seed", "1"]
     network = f"{Path(__file__).with_name('tiny.py')}:Tiny"
     data = ["train", network, "cifar10-sample", *options]
@@ -257,8 +259,12 @@ def test_training_can_be_killed_and_continued(cli: Cli) -> None:
     checkpoint = cli.folder / "killed.checkpoint.pt"
     while process.poll() is None and not checkpoint.exists():
         time.sleep(0.02)
-    process.kill()
-    process.communicate()
+    process.send_signal(how)
+    _, err = process.communicate()
+    if how is signal.SIGINT:
+        assert process.returncode == 130
+        assert "the same command continues after the last whole epoch" in err
+        assert "Traceback" not in err
     said = cli.run(*data, "--out", "killed.safetensors").stdout
     assert "held out" in said
     logs = [pd.read_csv(cli.folder / f"{name}.log.csv") for name in ("whole", "killed")]
