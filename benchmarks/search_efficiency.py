@@ -224,6 +224,7 @@ POPULATION = 24
 REFERENCE = "optuna nsga2"
 METHODS: dict[str, tuple[type[Ours] | type[Optuna], dict[str, Any]]] = {
     "surrogate": (Ours, {"name": "surrogate", "population": 8}),
+    "surrogate, sweep": (Ours, {"name": "surrogate", "population": 8, "options": {"sweep": 1}}),
     "surrogate, overlapping": (Ours, {"name": "surrogate", "population": 8, "ahead": True}),
     "surrogate, by 24": (Ours, {"name": "surrogate"}),
     "level-switch": (Ours, {"name": "level-switch"}),
@@ -235,6 +236,7 @@ METHODS: dict[str, tuple[type[Ours] | type[Optuna], dict[str, Any]]] = {
     "random": (Ours, {"name": "random", "seed_share": 0.0}),
     "uniform": (Ours, {"name": "uniform"}),
     "sensitivity": (Ours, {"name": "sensitivity"}),
+    "sensitivity, one value": (Ours, {"name": "sensitivity", "options": {"values": 1}}),
     "optuna nsga2, ladder first": (
         Optuna,
         {"sampler": "NSGAIISampler", "ladder": POPULATION // 2},
@@ -243,7 +245,7 @@ METHODS: dict[str, tuple[type[Ours] | type[Optuna], dict[str, Any]]] = {
     REFERENCE: (Optuna, {"sampler": "NSGAIISampler"}),
 }
 OBJECTIVES = ("divergence", "distortion", "error")
-UNSEEDED = ("uniform", "sensitivity")
+UNSEEDED = ("uniform", "sensitivity", "sensitivity, one value")
 WORKERS_CHARGED = 2
 
 

@@ -6,6 +6,8 @@ instead of the scorers; those that promise the largest hypervolume beyond the fr
 For a share of them the promise is that of a random function from the posterior [Bradford2018],
 which explores where the model is unsure; for the others, that of its mean.
 
+On request a sweep comes before that: each gene alone, and the ladder that follows.
+
 Nothing is kept between asks but what was told, the last fit and the state of one generator, so a
 replay asks for the same.
 
@@ -26,6 +28,7 @@ from evosearch.algorithms.foresight import Foresight
 from evosearch.algorithms.improvement import Improvement
 from evosearch.algorithms.levels import LevelMoves, MoveOptions
 from evosearch.algorithms.options import check_range
+from evosearch.algorithms.sweep import Sweep
 from evosearch.pareto import total_violation
 from evosearch.policy import Policy
 from evosearch.space import SearchSpace, unique_rows
@@ -50,9 +53,12 @@ class SurrogateOptions(MoveOptions):
         generations: Generations bred on the model before each ask.
         offspring: Offspring per such generation, for each genome that is asked.
         points: Most measurements that the model is fitted to.
+        sweep: Values at which each gene is measured alone before the models take over, and the
+            ladder that follows; none where that is over budget or tells nothing.
         flips, reach: See `MoveOptions`.
     """
 
+    sweep: int = 0
     explore: float = 0.25
     generations: int = 8
     offspring: int = 8
@@ -60,6 +66,7 @@ class SurrogateOptions(MoveOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range("sweep", self.sweep, 0, 100)
         check_range("explore", self.explore, 0, 1)
         check_range("generations", self.generations, 1, 1000)
         check_range("offspring", self.offspring, 1, 1000)
@@ -96,15 +103,24 @@ class SurrogateSearch(Survivors):
         self._forecaster = Forecaster(space, foresight)
         self._rng = np.random.default_rng(seed)
         self._initial: FloatArray | None = initial.copy()
+        # What is asked before the models are, and the sweep that more of it will follow from.
+        self._queue: FloatArray = np.empty((0, space.n_genes))
+        self._sweep: Sweep | None = None
+        if options.sweep:
+            self._begin(Sweep(space, foresight, int(options.sweep)))
         # Genome, objectives and violations of each policy.
         self._told: dict[Policy, list[FloatArray]] = {}
         self._asked: set[Policy] = set()
 
-    def ask(self) -> FloatArray:
-        """The next genomes."""
+    def ask(self) -> FloatArray | None:
+        """The next genomes; None while a sweep is not told yet."""
         self._guard.before_ask()
         if self._initial is not None:
             genomes, self._initial = self._initial, None
+        elif self._sweep is not None and not len(self._queue) and not self._sweep_told():
+            return None
+        elif len(self._queue):
+            genomes, self._queue = self._queue[: self._size], self._queue[self._size :]
         else:
             self._fit()
             genomes = self._choose(self._breed())
@@ -127,12 +143,18 @@ class SurrogateSearch(Survivors):
             **self._archive().state("told"),
             **fits,
             "rng": generator_state(self._rng),
+            "queue": self._queue.copy(),
+            "sweeping": np.array(self._sweep is not None),
         }
 
     def restore(self, state: State) -> list[FloatArray]:
         """Goes on from a state; returns the open asks."""
         self._initial = None
         self._rng = generator_in(state["rng"])
+        # Snapshots of before there were sweeps have neither.
+        self._queue = state["queue"].copy() if "queue" in state else self._queue[:0]
+        if not state.get("sweeping", False):
+            self._sweep = None
         told = Population.of_state(state, "told")
         rows = zip(told.genomes, told.objectives, told.violations, strict=True)
         policies = self._space.decode(told.genomes)
@@ -144,6 +166,30 @@ class SurrogateSearch(Survivors):
         open_asks = super().restore(state)
         self._asked = {*policies, *(p for asked in open_asks for p in self._space.decode(asked))}
         return open_asks
+
+    def _begin(self, sweep: Sweep) -> None:
+        """Has a sweep measured, unless that is over budget or would tell nothing."""
+        known = self._foresight(self._space.decode(sweep.genomes))
+        affordable = total_violation(np.nan_to_num(known.violations, nan=0.0)) <= 0
+        if sweep.saves and affordable.all() and np.isnan(known.objectives).any():
+            self._sweep, self._queue = sweep, sweep.genomes
+
+    def _sweep_told(self) -> bool:
+        """Ends the sweep, once all of it was told, with rungs of its ladder: one for each gene."""
+        assert self._sweep is not None  # noqa: S101  asked only during a sweep
+        policies = self._space.decode(self._sweep.genomes)
+        if not all(policy in self._told for policy in policies):
+            return False
+        unknown = np.isnan(self._foresight(policies).objectives).any(axis=0)
+        measured = int(np.flatnonzero(unknown)[0])
+        path = self._sweep.path(np.array([self._told[p][1][measured] for p in policies]))
+        rungs = self._space.decode(path)
+        cost = self._foresight(rungs).cost
+        wanted = np.linspace(cost.max(), cost.min(), self._space.n_genes + 2)[1:-1]
+        nearest = np.abs(cost - wanted[:, None]).argmin(axis=1)
+        fresh = [row for row in dict.fromkeys(nearest) if rungs[row] not in self._asked]
+        self._sweep, self._queue = None, path[fresh]
+        return True
 
     def _archive(self) -> Population:
         rows = self._told.values()
