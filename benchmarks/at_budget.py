@@ -12,10 +12,11 @@ import tempfile
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import fastnas
 import numpy as np
 from common import images
 
@@ -35,6 +36,7 @@ Key = tuple[str, float, int]
 
 L1 = {"proxy.name": "recalibrated", "proxy.criterion": "l1"}
 COMPENSATED = {"proxy.name": "compensated", "proxy.criterion": "residual-energy"}
+VARIANCE = {"proxy.name": "recalibrated", "proxy.criterion": "output-variance"}
 RECONSTRUCTED = {"proxy.name": "reconstructed", "proxy.criterion": "residual-energy"}
 RECONSTRUCTED_L1 = {"proxy.name": "reconstructed", "proxy.criterion": "l1"}
 QUICK = {
@@ -43,8 +45,11 @@ QUICK = {
     "proxy.reconstruction_images": 64,
     "data.validation": 64,
 }
+FINALS = (L1, COMPENSATED, RECONSTRUCTED, RECONSTRUCTED_L1, VARIANCE, fastnas.PROXY)
 RANDOM = {"search.algorithm": "random", "search.seed_share": 0.0}
 SURROGATE = {"search.algorithm": "surrogate", "search.population": 8}
+FRONT = {**SURROGATE, "search.objectives": ["distortion", "macs"]}
+SWEEP = {**FRONT, "search.algorithm": "sensitivity", "search.options": {"values": 1}}
 DISTORTION, ERROR, MARGIN = (
     {"search.objectives": [metric]} for metric in ("distortion", "error", "margin")
 )
@@ -56,15 +61,28 @@ class Method:
 
     Args:
         proxy: How policies are scored.
-        search: Who asks; None for the one uniform policy.
+        search: Who asks, or another tool; None for the one uniform policy. A search for one
+            objective is made for the budget, one for a front serves all budgets.
         final: The proxy that prepares the chosen policy.
         longer: Times as many evaluations as the others get.
     """
 
     proxy: Mapping[str, Any]
-    search: Mapping[str, Any] | None = None
+    search: Mapping[str, Any] | fastnas.FastNAS | None = None
     final: Mapping[str, Any]
     longer: int = 1
+
+    @property
+    def seeded(self) -> bool:
+        """Whether another seed finds another policy."""
+        return isinstance(self.search, Mapping)
+
+    @property
+    def serves_all(self) -> bool:
+        """Whether a search is made once for all budgets."""
+        return (
+            isinstance(self.search, Mapping) and len(self.search.get("search.objectives", ())) > 1
+        )
 
 
 METHODS = {
@@ -74,6 +92,16 @@ METHODS = {
     "uniform, L1, reconstructed": Method(proxy=RECONSTRUCTED_L1, final=RECONSTRUCTED_L1),
     "random best, L1, recalibrated": Method(proxy=L1, search=RANDOM, final=L1),
     "random best, reconstructed": Method(proxy=RECONSTRUCTED, search=RANDOM, final=RECONSTRUCTED),
+    "FastNAS": Method(proxy=fastnas.PROXY, search=fastnas.FastNAS(), final=fastnas.PROXY),
+    "FastNAS, reconstructed": Method(
+        proxy=fastnas.PROXY, search=fastnas.FastNAS(), final=RECONSTRUCTED
+    ),
+    "FastNAS, divergence": Method(
+        proxy=fastnas.PROXY, search=fastnas.FastNAS(score="divergence"), final=fastnas.PROXY
+    ),
+    "FastNAS, divergence, reconstructed": Method(
+        proxy=fastnas.PROXY, search=fastnas.FastNAS(score="divergence"), final=RECONSTRUCTED
+    ),
     "searched, divergence": Method(proxy=RECONSTRUCTED, search=SURROGATE, final=RECONSTRUCTED),
     "searched, error": Method(
         proxy=RECONSTRUCTED, search={**SURROGATE, **ERROR}, final=RECONSTRUCTED
@@ -84,8 +112,16 @@ METHODS = {
     "searched, distortion": Method(
         proxy=RECONSTRUCTED, search={**SURROGATE, **DISTORTION}, final=RECONSTRUCTED
     ),
+    "sensitivity sweep": Method(proxy=RECONSTRUCTED, search=SWEEP, final=RECONSTRUCTED),
+    "searched, front of distortion": Method(proxy=RECONSTRUCTED, search=FRONT, final=RECONSTRUCTED),
     "searched, distortion, then L1": Method(
         proxy=RECONSTRUCTED, search={**SURROGATE, **DISTORTION}, final=L1
+    ),
+    "searched, distortion, then consumer L2": Method(
+        proxy=RECONSTRUCTED, search={**SURROGATE, **DISTORTION}, final=fastnas.PROXY
+    ),
+    "searched, distortion, then variance": Method(
+        proxy=RECONSTRUCTED, search={**SURROGATE, **DISTORTION}, final=VARIANCE
     ),
     "searched through L1, distortion": Method(
         proxy=L1, search={**SURROGATE, **DISTORTION}, final=L1
@@ -118,11 +154,24 @@ class Chosen:
 
     Args:
         policy: It.
-        value: The objective's value that it was chosen by; None for uniform ratios.
+        value: The objective's value that it was chosen by; None for uniform ratios and FastNAS.
+        evaluations: Policies that were scored to find it; FastNAS's serve all budgets.
+        seconds: That it took.
     """
 
     policy: Policy
-    value: float | None
+    value: float | None = None
+    evaluations: int = 0
+    seconds: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        """What a JSON says of it."""
+        return {
+            "evaluations": self.evaluations,
+            "search_seconds": self.seconds,
+            "chosen_by": self.value,
+            "policy": list(self.policy.keep),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +183,14 @@ class Setting:
         common: Changes that all methods share.
         train: All training images.
         test: All test images.
+        seconds: That searches took, by run directory.
     """
 
     recipe: Path
     common: Mapping[str, Any]
     train: Images
     test: Images
+    seconds: dict[Path, float] = field(default_factory=dict)
 
     def assembled(self, changes: Mapping[str, Any]) -> Assembled:
         """The objects of the recipe with a method's changes."""
@@ -186,24 +237,48 @@ def uniform(assembled: Assembled, share: float) -> Policy:
 
 
 def searched(where: Setting, changes: Mapping[str, Any], folder: Path, share: float) -> Chosen:
-    """The feasible policy that is best by the search's objective."""
-    changes = {
-        **where.common,
-        **changes,
-        "space.project_onto": {"macs": share},
-        "search.constraints": [f"macs <= {share}"],
-    }
+    """The policy within the budget that is best by the search's first objective."""
     loaded = load_recipe(str(where.recipe), (), changes)
-    launch(loaded, folder, Silent())
+    if folder not in where.seconds:
+        start = time.perf_counter()
+        launch(loaded, folder, Silent())
+        where.seconds[folder] = time.perf_counter() - start
     objective = loaded.search.objectives[0]
     with Ledger.open(folder) as ledger:
-        rows = [
-            row
-            for row in read_results(ledger).rows
-            if not row.violation and row.status is Status.OK
-        ]
-    best = min(rows, key=lambda row: row.values[objective])
-    return Chosen(policy=best.policy, value=best.values[objective])
+        rows = read_results(ledger).rows
+    best = min(
+        (row for row in rows if row.status is Status.OK and row.values["macs"] <= share),
+        key=lambda row: row.values[objective],
+    )
+    return Chosen(
+        policy=best.policy,
+        value=best.values[objective],
+        evaluations=loaded.search.evaluations,
+        seconds=where.seconds[folder],
+    )
+
+
+def found(
+    where: Setting, method: Method, share: float, seed: int, evaluations: int, folder: Path
+) -> Chosen:
+    """What a method finds; `folder` is where its search runs, or has run."""
+    if method.search is None:
+        return Chosen(policy=uniform(where.assembled(method.proxy), share))
+    if isinstance(method.search, fastnas.FastNAS):
+        workload = where.assembled(method.proxy).workload
+        pruned = method.search.search(workload, share, folder.parent, where.common["run.workers"])
+        return Chosen(policy=pruned.policy, evaluations=pruned.evaluations, seconds=pruned.seconds)
+    changes = {
+        **where.common,
+        **method.proxy,
+        **method.search,
+        "search.seed": seed,
+        "search.evaluations": method.longer * evaluations,
+    }
+    if not method.serves_all:
+        changes["space.project_onto"] = {"macs": share}
+        changes["search.constraints"] = [f"macs <= {share}"]
+    return searched(where, changes, folder, share)
 
 
 def choose(
@@ -214,29 +289,21 @@ def choose(
     evaluations: int,
     known: Container[Key] = (),
 ) -> dict[Key, Chosen]:
-    """The policy of each method, share and seed that is not known; uniform ratios have one seed."""
+    """The policy of each method, share and seed that is not known; some have one for all seeds."""
     chosen: dict[Key, Chosen] = {}
+    runs: dict[object, Path] = {}
     for share, name, seed in itertools.product(shares, methods, range(seeds)):
         key, method = (name, share, seed), METHODS[name]
-        if key in known:
+        if key in known or (seed and not method.seeded):
             continue
-        if method.search is None:
-            if not seed:
-                policy = uniform(where.assembled(method.proxy), share)
-                chosen[key] = Chosen(policy=policy, value=None)
-            continue
-        start = time.perf_counter()
-        changes = {
-            **method.proxy,
-            **method.search,
-            "search.seed": seed,
-            "search.evaluations": method.longer * evaluations,
-        }
-        run = where.recipe.parent / f"run-{len(chosen)}"
-        chosen[key] = searched(where, changes, run, share)
-        seconds = time.perf_counter() - start
+        # Methods that only prepare what they found in another way share a run.
+        budget = None if method.serves_all else share
+        searching = (str(method.proxy), str(method.search), method.longer, budget, seed)
+        run = runs.setdefault(searching, where.recipe.parent / f"run-{len(runs)}")
+        chosen[key] = found(where, method, share, seed, evaluations, run)
         print(
-            f"{share:.0%} {name}, seed {seed}: {chosen[key].value:.4f} in {seconds:.0f} s",
+            f"{share:.0%} {name}, seed {seed}: {chosen[key].value} after "
+            f"{chosen[key].evaluations} in {chosen[key].seconds:.0f} s",
             flush=True,
         )
     return chosen
@@ -247,7 +314,10 @@ def chosen_before(file: Path) -> dict[Key, Chosen]:
     rows = json.loads(file.read_text())["rows"]
     return {
         (row["method"], row["share"], row["seed"]): Chosen(
-            policy=Policy(tuple(row["policy"])), value=row["chosen_by"]
+            policy=Policy(tuple(row["policy"])),
+            value=row["chosen_by"],
+            evaluations=row.get("evaluations", 0),
+            seconds=row.get("search_seconds", 0.0),
         )
         for row in rows
     }
@@ -256,7 +326,7 @@ def chosen_before(file: Path) -> dict[Key, Chosen]:
 def by_final(chosen: Mapping[Key, Chosen]) -> list[tuple[Mapping[str, Any], dict[Key, Chosen]]]:
     """What was chosen, together where it is prepared in the same way."""
     parts: list[tuple[Mapping[str, Any], dict[Key, Chosen]]] = []
-    for proxy in (L1, COMPENSATED, RECONSTRUCTED, RECONSTRUCTED_L1):
+    for proxy in FINALS:
         mine = {key: value for key, value in chosen.items() if METHODS[key[0]].final is proxy}
         if mine:
             parts.append((proxy, mine))

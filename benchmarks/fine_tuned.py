@@ -3,7 +3,7 @@
 A published ResNet at half of its MACs: policies found in several ways, prepared as each way does,
 then all fine-tuned alike (SGD, cosine from 0.01, 45,000 training images). Test top-1 before and
 after; test images are opened once, for the chosen policies. The policy of search seed i is
-fine-tuned with seed i; uniform ratios have one policy, which is fine-tuned with every seed.
+fine-tuned with seed i; methods without seeds have one policy, which is fine-tuned with every seed.
 
     python benchmarks/fine_tuned.py [--data FOLDER] [--network resnet20] [--epochs 5] [--seeds 3]
         [--evaluations 72] [--share 0.5] [--methods "searched, distortion" ...] [--chosen JSON]
@@ -56,7 +56,7 @@ def trained(
     # Methods may have found the same policy.
     keys: dict[tuple[Policy, int], list[Key]] = {}
     for key, found in chosen.items():
-        for run in range(options.seeds) if METHODS[key[0]].search is None else (key[2],):
+        for run in range(options.seeds) if not METHODS[key[0]].seeded else (key[2],):
             keys.setdefault((found.policy, run), []).append(key)
     records: list[dict[str, Any]] = []
 
@@ -75,8 +75,7 @@ def trained(
                 "before": top1,
                 "after": 100 * (1 - result.numbers["test.error"]),
                 "seconds": result.seconds,
-                "chosen_by": chosen[key].value,
-                "policy": list(result.policy.keep),
+                **chosen[key].record(),
             }
             for key in keys[result.policy, result.seed]
         )

@@ -1,12 +1,12 @@
 """How accurate is a searched network before any training?
 
-The published ResNet-56 at 70, 50 and 30% of its MACs: test top-1 of the searched policy beside
-uniform ratios and random search with the same number of evaluations. Test images are opened once,
-for the chosen policies, which are prepared once more with as many calibration images as `--final`
-says; the same channels go as in the search.
+A published ResNet at 70, 50 and 30% of its MACs: test top-1 of the searched policy beside uniform
+ratios, random search with the same number of evaluations, and NVIDIA's FastNAS. Test images are
+opened once, for the chosen policies, which are prepared once more with as many calibration images
+as `--final` says; the same channels go as in the search.
 
-    python benchmarks/one_shot.py [--data FOLDER] [--evaluations 72] [--seeds 3]
-        [--shares 0.7 0.5 0.3] [--methods "searched, distortion" ...] [--chosen JSON]
+    python benchmarks/one_shot.py [--network resnet56] [--data FOLDER] [--evaluations 72]
+        [--seeds 3] [--shares 0.7 0.5 0.3] [--methods "searched, distortion" ...] [--chosen JSON]
 """
 
 import itertools
@@ -66,13 +66,9 @@ def opened(
             "method": method,
             "seed": seed,
             "macs": int(table.costs_of([found.policy])[0][0]) / table.dense_costs[0],
-            "evaluations": METHODS[method].longer * options.evaluations
-            if METHODS[method].search
-            else 0,
             "test_top1": 100 * (1 - metrics[found.policy]["error"]),
             "test_divergence": metrics[found.policy]["divergence"],
-            "chosen_by": found.value,
-            "policy": list(found.policy.keep),
+            **found.record(),
         }
         for (method, share, seed), found in chosen.items()
     ]
@@ -80,6 +76,7 @@ def opened(
 
 def main() -> None:
     made = parser(__doc__)
+    made.add_argument("--network", choices=("resnet20", "resnet56"), default="resnet56")
     made.add_argument("--evaluations", type=int, default=72)
     made.add_argument("--final", type=int, default=1024, help="calibration images in the end")
     made.add_argument("--shares", type=float, nargs="*", default=SHARES)
@@ -90,7 +87,7 @@ def main() -> None:
     options = made.parse_args()
     torch.set_num_threads(1)
     records: list[dict[str, Any]] = []
-    with setting(options.data, "resnet56", options.workers) as where:
+    with setting(options.data, options.network, options.workers) as where:
         before = chosen_before(options.chosen) if options.chosen else {}
         chosen = before | choose(
             where, options.methods, options.shares, options.seeds, options.evaluations, before
@@ -105,17 +102,21 @@ def main() -> None:
             continue
         top1 = [r["test_top1"] for r in same]
         cells = [mean_and_range(top1, 2), mean_and_range([r["test_divergence"] for r in same], 3)]
-        rows.append([f"{share:.0%}", method, same[0]["macs"], same[0]["evaluations"], *cells])
+        seconds = mean_and_range([r["search_seconds"] for r in same], 0)
+        shared = [f"{share:.0%}", method, same[0]["macs"], same[0]["evaluations"], seconds]
+        rows.append([*shared, *cells])
     show(
-        f"ResNet-56 without training, {options.seeds} seeds: mean (range)",
-        ["budget", "method", "MACs", "evaluations", "test top-1", "KL on test"],
+        f"{options.network} without training, {options.seeds} seeds: mean (range)",
+        ["budget", "method", "MACs", "evaluations", "s", "test top-1", "KL on test"],
         rows,
     )
-    print(f"goal at {GOAL_SHARE:.0%}, by distortion: {GOAL}; dense 93.39")
+    if options.network == "resnet56":
+        print(f"goal at {GOAL_SHARE:.0%}, by distortion: {GOAL}; dense 93.39")
     write(
         "one_shot",
         options.json,
         {
+            "network": options.network,
             "evaluations": options.evaluations,
             "final_calibration": options.final,
             "seeds": options.seeds,
