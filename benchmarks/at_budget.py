@@ -290,6 +290,8 @@ def choose(
     known: Container[Key] = (),
 ) -> dict[Key, Chosen]:
     """The policy of each method, share and seed that is not known; some have one for all seeds."""
+    if any(isinstance(METHODS[name].search, fastnas.FastNAS) for name in methods):
+        fastnas.check_installed()
     chosen: dict[Key, Chosen] = {}
     runs: dict[object, Path] = {}
     for share, name, seed in itertools.product(shares, methods, range(seeds)):

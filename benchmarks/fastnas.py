@@ -10,6 +10,7 @@ Needs `pip install -e '.[bench]'`.
 """
 
 import contextlib
+import importlib.util
 import io
 import time
 import warnings
@@ -26,13 +27,19 @@ from evosearch.policy import Policy
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.workload import Workload, divergence
 
-__all__ = ["PROXY", "FastNAS", "Pruned"]
+__all__ = ["PROXY", "FastNAS", "Pruned", "check_installed"]
 
 BATCH = 128
 
 
 PROXY = {"proxy.name": "recalibrated", "proxy.criterion": "consumer-l2"}
 """Leaves the very network that FastNAS does."""
+
+
+def check_installed() -> None:
+    """Ends it all before hours are spent."""
+    if importlib.util.find_spec("modelopt") is None:
+        raise SystemExit("FastNAS is not installed: pip install -e '.[bench]', or name --methods")
 
 
 @dataclass(frozen=True, kw_only=True)
