@@ -150,8 +150,10 @@ def _quietly(threads: int) -> Iterator[None]:
         contextlib.redirect_stderr(said),
     ):
         warnings.simplefilter("ignore")
-        yield
-    torch.set_num_threads(before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def _check_same(theirs: nn.Module, ours: nn.Module, network: Network, shown: Tensor) -> None:

@@ -29,7 +29,7 @@ from evosearch.pruning.criteria import applicable_criteria, criterion_named
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.groups import trace
 from evosearch.pruning.table import GroupTable
-from evosearch.recipe import Recipe
+from evosearch.recipe import ProxyRecipe, Recipe
 from evosearch.scoring.devices import check_devices
 from evosearch.scoring.objectives import Constraint, Goals, worst_metrics
 from evosearch.scoring.pool import PoolSettings
@@ -207,28 +207,11 @@ def assemble(recipe: Recipe, criteria: Sequence[str] = ()) -> Assembled:
     # Made here once to refuse a wrong algorithm before anything is measured.
     algorithm_of(recipe, space, goals, plan.table, None)
     recipe = _settled(recipe, image_sets, space, network.input.shape)
-    proxy = recipe.proxy
     with _naming("proxy.criterion"):
         workload = prepare_workload(
             network,
             plan,
-            ProxySettings(
-                name=proxy.name,
-                criterion=proxy.criterion,
-                coupling=proxy.coupling,
-                labels=proxy.labels,
-                recalibrate=proxy.recalibrate,
-                ridge=proxy.ridge,
-                recalibration_images=proxy.recalibration_images,
-                reconstruction_images=proxy.reconstruction_images,
-                reconstruction_layers=proxy.reconstruction_layers,
-                reconstruction_ridge=proxy.reconstruction_ridge,
-                distillation_steps=proxy.distillation_steps,
-                distillation_lr=proxy.distillation_lr,
-                precision=proxy.precision,
-                batch_size=settled_batch_size(proxy.batch_size, network.input.shape),
-                calibration_batch=proxy.calibration_batch,
-            ),
+            _proxy_settings(recipe.proxy, network.input.shape),
             image_sets.calibration,
             image_sets.validation,
             facts.names if facts else (),
@@ -253,6 +236,27 @@ def assemble(recipe: Recipe, criteria: Sequence[str] = ()) -> Assembled:
         workload=workload,
         check=image_sets.check,
         criteria=facts,
+    )
+
+
+def _proxy_settings(proxy: ProxyRecipe, shape: tuple[int, ...]) -> ProxySettings:
+    """What scorers are told of a settled recipe's proxy."""
+    return ProxySettings(
+        name=proxy.name,
+        criterion=proxy.criterion,
+        coupling=proxy.coupling,
+        labels=proxy.labels,
+        recalibrate=proxy.recalibrate,
+        ridge=proxy.ridge,
+        recalibration_images=proxy.recalibration_images,
+        reconstruction_images=proxy.reconstruction_images,
+        reconstruction_layers=proxy.reconstruction_layers,
+        reconstruction_ridge=proxy.reconstruction_ridge,
+        distillation_steps=proxy.distillation_steps,
+        distillation_lr=proxy.distillation_lr,
+        precision=proxy.precision,
+        batch_size=settled_batch_size(proxy.batch_size, shape),
+        calibration_batch=proxy.calibration_batch,
     )
 
 

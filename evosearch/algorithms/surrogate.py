@@ -117,7 +117,7 @@ class SurrogateSearch(Survivors):
         self._guard.before_ask()
         if self._initial is not None:
             genomes, self._initial = self._initial, None
-        elif self._sweep is not None and not len(self._queue) and not self._sweep_told():
+        elif self._sweep is not None and not len(self._queue) and not self._end_sweep():
             return None
         elif len(self._queue):
             genomes, self._queue = self._queue[: self._size], self._queue[self._size :]
@@ -174,8 +174,8 @@ class SurrogateSearch(Survivors):
         if sweep.saves and affordable.all() and np.isnan(known.objectives).any():
             self._sweep, self._queue = sweep, sweep.genomes
 
-    def _sweep_told(self) -> bool:
-        """Ends the sweep, once all of it was told, with rungs of its ladder: one for each gene."""
+    def _end_sweep(self) -> bool:
+        """Queues rungs of the sweep's ladder, one for each gene; not until all of it was told."""
         assert self._sweep is not None  # noqa: S101  asked only during a sweep
         policies = self._space.decode(self._sweep.genomes)
         if not all(policy in self._told for policy in policies):
