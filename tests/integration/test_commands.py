@@ -251,7 +251,8 @@ def test_a_run_can_start_from_another_one(cli: Cli, recipe: Callable[..., str], 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_training_can_be_stopped_and_continued(cli: Cli, how: signal.Signals) -> None:
-    options = ["--epochs", "3", "--batch-size", "100", "--seed", "1"]
+    # So many epochs that it is not done before the signal comes, however busy the machine.
+    options = ["--epochs", "20", "--batch-size", "100", "--seed", "1"]
     network = f"{Path(__file__).with_name('tiny.py')}:Tiny"
     data = ["train", network, "cifar10-sample", *options]
     cli.here(*data, "--out", "whole.safetensors")
