@@ -22,6 +22,7 @@ from evosearch.data import (
     Images,
 )
 from evosearch.errors import ConfigError
+from evosearch.latency import LatencyModel
 from evosearch.materials import ImageSets, network_and_images
 from evosearch.policy import Policy
 from evosearch.pruning.blending import cluster_groups
@@ -34,6 +35,7 @@ from evosearch.scoring.devices import check_devices
 from evosearch.scoring.objectives import Constraint, Goals, worst_metrics
 from evosearch.scoring.pool import PoolSettings
 from evosearch.scoring.proxies import ProxySettings, proxy_named
+from evosearch.scoring.timing import time_passes
 from evosearch.scoring.workload import (
     Workload,
     dense_error,
@@ -62,6 +64,8 @@ __all__ = [
     "goals_of",
     "pool_settings",
     "reachable_costs",
+    "rounding",
+    "wants_latency",
 ]
 
 
@@ -161,6 +165,7 @@ class Assembled:
             "weights": _digest(self.workload.state),
             "channel_order": self._order_digest(),
             "criteria": None if self.criteria is None else asdict(self.criteria),
+            "latency": None if table.latency is None else table.latency.model_dump(mode="json"),
             "versions": versions(),
         }
 
@@ -173,12 +178,15 @@ def _digest(arrays: Mapping[str, NDArray[np.generic]]) -> str:
     return digest.hexdigest()
 
 
-def assemble(recipe: Recipe, criteria: Sequence[str] = ()) -> Assembled:
+def assemble(
+    recipe: Recipe, criteria: Sequence[str] = (), latency: LatencyModel | None = None
+) -> Assembled:
     """Makes everything that a recipe names, and checks that it fits together.
 
     Args:
         recipe: It.
         criteria: What "all criteria" meant when a run was launched; later versions have more.
+        latency: What was timed then. If that is None and the recipe wants it, it is timed now.
 
     Raises:
         EvosearchError: Something does not; names the field, group or file.
@@ -191,6 +199,9 @@ def assemble(recipe: Recipe, criteria: Sequence[str] = ()) -> Assembled:
     network, image_sets = network_and_images(recipe)
     plan = trace(network)
     options = {key: value for key, value in recipe.space.items() if key != "name"}
+    if latency is None and wants_latency(recipe, goals):
+        latency = time_passes(network, plan, recipe.latency, rounding(options))
+    plan = replace(plan, table=replace(plan.table, latency=latency))
     wish = criteria_wish(recipe.space["name"], options)
     if wish is not None and not wish.names:
         named = tuple(criteria) or applicable_criteria(network.module, plan)[0]
@@ -237,6 +248,18 @@ def assemble(recipe: Recipe, criteria: Sequence[str] = ()) -> Assembled:
         check=image_sets.check,
         criteria=facts,
     )
+
+
+def wants_latency(recipe: Recipe, goals: Goals) -> bool:
+    """Whether an objective, a constraint or the budget of the space is a latency."""
+    budget = recipe.space.get("project_onto")
+    return "latency" in goals.names or (isinstance(budget, dict) and "latency" in budget)
+
+
+def rounding(options: Mapping[str, Any]) -> int:
+    """Of what widths are multiples, in a space that says so; 1 where that makes no sense."""
+    wish = options.get("round_to")
+    return wish if isinstance(wish, int) and wish > 0 else 1
 
 
 def _proxy_settings(proxy: ProxyRecipe, shape: tuple[int, ...]) -> ProxySettings:
@@ -290,8 +313,7 @@ def reachable_costs(
     """
     probes = [space.encode(policy) for policy in (space.cheapest(), space.dearest())]
     random = np.random.default_rng(0).random((_PROBES, space.n_genes))
-    macs, params = table.costs_of(space.decode(np.concatenate([probes, space.ladder(4), random])))
-    shares = {"macs": macs / table.dense_costs[0], "params": params / table.dense_costs[1]}
+    shares = table.shares_of(space.decode(np.concatenate([probes, space.ladder(4), random])))
     return (
         {name: float(share.min()) for name, share in shares.items()},
         {name: float(share.max()) for name, share in shares.items()},
@@ -326,11 +348,14 @@ def _settled(
 
 
 def foresight_of(goals: Goals, table: GroupTable) -> Foresight:
-    """What is known before measuring: objectives and constraints that are costs; MACs."""
+    """What is known before measuring: objectives and constraints that are costs; what is saved.
+
+    That is latency where it is a goal, and MACs elsewhere.
+    """
+    saved = "latency" if "latency" in goals.names else "macs"
 
     def foresee(policies: Sequence[Policy]) -> Known:
-        macs, params = table.costs_of(policies)
-        shares = {"macs": macs / table.dense_costs[0], "params": params / table.dense_costs[1]}
+        shares = table.shares_of(policies)
         unknown = np.full(len(policies), np.nan)
         objectives = [shares.get(name, unknown) for name in goals.objectives]
         violations = [shares.get(c.name, unknown) / c.bound - 1 for c in goals.constraints]
@@ -338,7 +363,7 @@ def foresight_of(goals: Goals, table: GroupTable) -> Foresight:
         return Known(
             objectives=np.stack(objectives, axis=1),
             violations=np.stack([*violations, unknown], axis=1),
-            cost=shares["macs"],
+            cost=shares[saved],
         )
 
     return foresee

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from evosearch.errors import ConfigMismatch, LedgerCorrupt
+from evosearch.latency import LatencyModel
 from evosearch.ledger import Ledger
 from evosearch.measurement import METRICS
 from evosearch.recipe import Recipe, explain
@@ -54,6 +55,8 @@ class RunFacts(BaseModel):
     """Digest of the order in which channels of each group go."""
     criteria: dict[str, Any] | None = None
     """What a space of blends was told about criteria: names and clusters."""
+    latency: LatencyModel | None = None
+    """What foretells the time of a forward pass, if the recipe asked for that."""
     versions: dict[str, str]
     """Of the libraries at launch."""
     seeds: tuple[tuple[float, ...], ...]

@@ -480,13 +480,15 @@ class Ledger:
             return None
         return Snapshot(stamp=stamp, generation=generation, state=state)
 
-    def asked_before(self, track: str, generation: int) -> list[tuple[str, int, int]]:
-        """Digest, MACs and parameters of what was asked before a generation, each once."""
-        return self._rows(
-            "SELECT DISTINCT digest, macs, params FROM asks JOIN policies USING (digest) "
+    def asked_before(self, track: str, generation: int) -> dict[str, Policy]:
+        """What was asked before a generation, by digest."""
+        rows = self._rows(
+            "SELECT DISTINCT digest, policy FROM asks JOIN policies USING (digest) "
             "WHERE track = ? AND generation < ?",
             (track, generation),
         )
+        with _decoding(self.path):
+            return {digest: Policy.from_json(policy) for digest, policy in rows}
 
     def known(
         self, policies: Sequence[Policy], *, terms: Terms = Terms.FULL

@@ -1,14 +1,18 @@
 """What a recipe would do, before it is launched: groups, costs, one timed candidate."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from evosearch.assembly import assemble, reachable_costs
+from evosearch.assembly import Assembled, assemble, reachable_costs, rounding
+from evosearch.errors import ConfigError
+from evosearch.latency import LatencyModel
 from evosearch.measurement import Measurement
 from evosearch.networks import InputSpec
 from evosearch.pruning.table import FixedGroup, Group
 from evosearch.recipe import Recipe
 from evosearch.scoring.devices import local_device
 from evosearch.scoring.scorer import Scorer
+from evosearch.scoring.timing import time_passes
 
 __all__ = ["Profile", "profile", "profile_lines"]
 
@@ -25,7 +29,8 @@ class Profile:
         fixed: What cannot, and why.
         n_genes: Length of a genome.
         dense: MACs and parameters of the dense network.
-        lowest, highest: Shares of MACs and parameters that the space reaches.
+        lowest, highest: Shares of costs that the space reaches, by name.
+        latency: What was timed, in words; None if networks of some widths cannot be run.
         candidate: One measured policy, in the middle of the space.
         macs: That policy's share of MACs.
         predicted_seconds: Of the whole search.
@@ -42,8 +47,9 @@ class Profile:
     fixed: tuple[FixedGroup, ...]
     n_genes: int
     dense: tuple[int, int]
-    lowest: tuple[float, float]
-    highest: tuple[float, float]
+    lowest: Mapping[str, float]
+    highest: Mapping[str, float]
+    latency: str | None
     candidate: Measurement
     macs: float
     predicted_seconds: float
@@ -68,9 +74,8 @@ def profile(recipe: Recipe) -> Profile:
     middle = ladder[-1]
     device = local_device(recipe.run.gpus_per_worker)
     candidate = Scorer(assembled.workload, device).score(middle)
-    lowest, highest = (
-        (shares["macs"], shares["params"]) for shares in reachable_costs(space, table)
-    )
+    latency = _timed(assembled)
+    lowest, highest = reachable_costs(space, replace(table, latency=latency))
     workers, settled = recipe.run.workers, assembled.recipe.search
     count = recipe.search.evaluations + recipe.search.baseline
     seconds = count * candidate.seconds / max(workers, 1) + (_RAY_START_S if workers else 0)
@@ -81,6 +86,7 @@ def profile(recipe: Recipe) -> Profile:
         dense=table.dense_costs,
         lowest=lowest,
         highest=highest,
+        latency=None if latency is None else latency.told(),
         candidate=candidate,
         macs=int(table.costs_of([middle])[0][0]) / table.dense_costs[0],
         predicted_seconds=seconds,
@@ -92,6 +98,20 @@ def profile(recipe: Recipe) -> Profile:
         input=assembled.workload.input,
         doubts=tuple(assembled.doubts()),
     )
+
+
+def _timed(assembled: Assembled) -> LatencyModel | None:
+    """What foretells latency, also where the recipe does not ask for it."""
+    plan, recipe = assembled.workload.plan, assembled.recipe
+    if plan.table.latency is not None:
+        return plan.table.latency
+    try:
+        network = assembled.workload.network()
+        return time_passes(network, plan, recipe.latency, rounding(recipe.space))
+    except ConfigError:
+        if recipe.latency.measure is not None:
+            raise
+        return None
 
 
 def profile_lines(recipe: Recipe, found: Profile) -> list[str]:
@@ -111,11 +131,15 @@ def profile_lines(recipe: Recipe, found: Profile) -> list[str]:
         f"  {group.name:32s} {group.channels:5d} channels fixed: {group.reason}"
         for group in found.fixed
     ]
-    names = ("MACs", "parameters")
+    titles = {"macs": "MACs", "params": "parameters", "latency": "latency"}
     lines += [
-        f"{name:11s} {low:.1%} to {high:.1%} of dense"
-        for name, low, high in zip(names, found.lowest, found.highest, strict=True)
+        f"{title:11s} {found.lowest[name]:.1%} to {found.highest[name]:.1%} of dense"
+        for name, title in titles.items()
+        if name in found.lowest
     ]
+    passes = f"{recipe.latency.images} image{'s' if recipe.latency.images > 1 else ''}"
+    if found.latency is not None:
+        lines.append(f"timed       {passes} at a time: {found.latency}")
     lines += _input_lines(recipe, found)
     name, at_a_time = found.algorithm
     minimised = " and ".join(recipe.search.objectives)

@@ -21,6 +21,7 @@ from evosearch.errors import ConfigError
 
 __all__ = [
     "DataRecipe",
+    "LatencyRecipe",
     "NetworkRecipe",
     "ProxyRecipe",
     "Recipe",
@@ -99,7 +100,7 @@ class SearchRecipe(_Table):
     """`[search]`: what is minimised, how, and for how long."""
 
     objectives: Annotated[list[str], Field(min_length=1)] = ["distortion", "macs"]
-    """Any of distortion, error, loss, margin, divergence, macs, params."""
+    """Any of distortion, error, loss, margin, divergence, macs, params, latency."""
     constraints: list[str] = []
     """Such as "macs <= 0.5"; all must hold."""
     algorithm: str | None = None
@@ -162,6 +163,18 @@ class ProxyRecipe(_Table):
     named and that is less."""
 
 
+class LatencyRecipe(_Table):
+    """`[latency]`: what is timed at launch, where a latency is to be minimised or held."""
+
+    images: Count = 1
+    """Images per forward pass."""
+    threads: Count = 1
+    """CPU threads of a forward pass."""
+    measure: str | None = None
+    """Your own stopwatch, `module:function` or `path/to/file.py:function`: from a network and
+    images to seconds. If left out, float32 as PyTorch runs it here, on the CPU."""
+
+
 class RunRecipe(_Table):
     """`[run]`: where and how patiently; decides nothing about results."""
 
@@ -186,6 +199,7 @@ class Recipe(_Table):
     """`name` of a search space, and its options."""
     search: SearchRecipe = SearchRecipe()
     proxy: ProxyRecipe = ProxyRecipe()
+    latency: LatencyRecipe = LatencyRecipe()
     run: RunRecipe = RunRecipe()
 
     @field_validator("space")
@@ -326,9 +340,16 @@ def _absolute_paths(data: dict[str, Any], folder: Path) -> None:
             value = images.get(key)
             if isinstance(value, str) and (key != "name" or value.endswith(".npz")):
                 images[key] = _from(folder, value)
-    proxy, space = data.get("proxy"), data.get("space")
-    if isinstance(proxy, dict) and _is_own_file(proxy.get("criterion")):
-        proxy["criterion"] = _from(folder, proxy["criterion"])
+    _absolute_own_files(data, folder)
+
+
+def _absolute_own_files(data: dict[str, Any], folder: Path) -> None:
+    """Resolves the files of a user's own functions likewise."""
+    for name, key in (("proxy", "criterion"), ("latency", "measure")):
+        table = data.get(name)
+        if isinstance(table, dict) and _is_own_file(table.get(key)):
+            table[key] = _from(folder, table[key])
+    space = data.get("space")
     if isinstance(space, dict) and isinstance(space.get("criteria"), list):
         space["criteria"] = [_from(folder, v) if _is_own_file(v) else v for v in space["criteria"]]
 

@@ -189,7 +189,7 @@ def resume(
                 "leave it out or name more"
             )
         observer.phase(f"preparing {recipe.network.name}")
-        assembled = assemble(recipe, recorded.criteria_names)
+        assembled = assemble(recipe, recorded.criteria_names, recorded.latency)
         check_same(recorded, assembled.facts(), directory)
         _announce(assembled, observer)
         ledger.set_meta("evaluations", evaluations or before)
@@ -202,6 +202,9 @@ def _announce(assembled: Assembled, observer: Observer) -> None:
     observer.phase(
         f"{data.calibration} calibration and {data.validation} validation images of {data.name}"
     )
+    latency = assembled.workload.plan.table.latency
+    if latency is not None:
+        observer.phase(f"latency: {latency.told()}")
     for doubt in assembled.doubts():
         observer.phase(doubt)
 

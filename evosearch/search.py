@@ -7,7 +7,7 @@ that fits, the loop starts there.
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,7 +100,7 @@ class _Ask:
     """A generation that was asked for and not told yet.
 
     Args:
-        policies, costs: In the algorithm's order; costs are `(macs, params)`.
+        policies, shares: In the algorithm's order; costs as shares of the dense network's.
         digests: Of the policies.
         paid: How many of them the budget pays for, being new.
         cut_short: The budget does not reach for all: it is never told.
@@ -110,7 +110,7 @@ class _Ask:
     """
 
     policies: Sequence[Policy]
-    costs: Sequence[tuple[int, int]]
+    shares: Sequence[Mapping[str, float]]
     digests: frozenset[str]
     paid: int
     cut_short: bool
@@ -196,11 +196,12 @@ class Search:
         state = dict(snapshot.state)
         self._idle_asks = int(state.pop(_IDLE_ASKS))
         self._told = self._asks = snapshot.generation
-        goals = self._scoring.goals
+        asked = self._ledger.asked_before(self._track, self._told)
+        shares = self._shares(list(asked.values()))
         self._paid = {
             digest
-            for digest, *cost in self._ledger.asked_before(self._track, self._told)
-            if goals.affordable(self._shares((cost[0], cost[1])))
+            for digest, share in zip(asked, shares, strict=True)
+            if self._scoring.goals.affordable(share)
         }
         self._evaluations = len(self._paid)
         for genomes in self._algorithm.restore(state):
@@ -263,15 +264,13 @@ class Search:
 
     def _open_ask(self, genomes: FloatArray, evaluations: int) -> None:
         policies = self._space.decode(genomes)
-        costs = self._costs(policies)
-        self._remember_ask(self._asks, policies, costs)
+        shares = self._shares(policies)
+        self._remember_ask(self._asks, policies)
         self._asks += 1
-        wanted: dict[Policy, int] = {}
-        for policy, cost in zip(policies, costs, strict=True):
-            if policy.digest not in self._paid and self._scoring.goals.affordable(
-                self._shares(cost)
-            ):
-                wanted.setdefault(policy, cost[0])
+        wanted: dict[Policy, float] = {}
+        for policy, share in zip(policies, shares, strict=True):
+            if policy.digest not in self._paid and self._scoring.goals.affordable(share):
+                wanted.setdefault(policy, share["macs"])
         paid = list(wanted)[: evaluations - len(self._paid)]
         self._paid.update(policy.digest for policy in paid)
         known = self._ledger.known(policies, terms=self._terms)
@@ -282,27 +281,24 @@ class Search:
         self._open.append(
             _Ask(
                 policies=policies,
-                costs=costs,
+                shares=shares,
                 digests=frozenset(policy.digest for policy in policies),
                 paid=len(paid),
                 cut_short=len(paid) < len(wanted),
                 unknown=dict.fromkeys(unknown),
                 known=known,
-                races=self._races(policies, costs, unknown),
+                races=self._races(policies, shares, unknown),
             )
         )
 
-    def _costs(self, policies: Sequence[Policy]) -> list[tuple[int, int]]:
-        macs, params = self._scoring.table.costs_of(policies)
-        return [(int(m), int(p)) for m, p in zip(macs, params, strict=True)]
+    def _shares(self, policies: Sequence[Policy]) -> list[dict[str, float]]:
+        shares = self._scoring.table.shares_of(policies)
+        return [
+            {name: float(values[row]) for name, values in shares.items()}
+            for row in range(len(policies))
+        ]
 
-    def _shares(self, cost: tuple[int, int]) -> dict[str, float]:
-        dense_macs, dense_params = self._scoring.table.dense_costs
-        return {"macs": cost[0] / dense_macs, "params": cost[1] / dense_params}
-
-    def _remember_ask(
-        self, generation: int, policies: Sequence[Policy], costs: Sequence[tuple[int, int]]
-    ) -> None:
+    def _remember_ask(self, generation: int, policies: Sequence[Policy]) -> None:
         recorded = self._ledger.asked(self._track, generation)
         asked = [policy.digest for policy in policies]
         if recorded and recorded != asked:
@@ -312,6 +308,8 @@ class Search:
                 f"`evosearch launch RECIPE --seed-from {self._ledger.path.parent}`"
             )
         if not recorded:
+            macs, params = self._scoring.table.costs_of(policies)
+            costs = [(int(m), int(p)) for m, p in zip(macs, params, strict=True)]
             self._ledger.record_ask(self._track, generation, policies, costs)
 
     def _measure(self, ask: "_Ask", on_landing: Callable[[Measurement, int], None] | None) -> None:
@@ -338,13 +336,13 @@ class Search:
     def _races(
         self,
         policies: Sequence[Policy],
-        costs: Sequence[tuple[int, int]],
+        shares: Sequence[Mapping[str, float]],
         unknown: Sequence[Policy],
     ) -> dict[Policy, Race]:
         if self._bar is None:
             return {}
-        shares = dict(zip(policies, map(self._shares, costs), strict=True))
-        return {policy: self._bar.race(shares[policy]) for policy in unknown}
+        known = dict(zip(policies, shares, strict=True))
+        return {policy: self._bar.race(known[policy]) for policy in unknown}
 
     def _raise_bar(self, ask: "_Ask", objectives: FloatArray, violations: FloatArray) -> None:
         if self._bar is None:
@@ -357,8 +355,7 @@ class Search:
         """Objectives, and violations with a last column for failures."""
         goals, worst = self._scoring.goals, self._scoring.worst
         objectives, violations = [], []
-        for policy, cost in zip(ask.policies, ask.costs, strict=True):
-            shares = self._shares(cost)
+        for policy, shares in zip(ask.policies, ask.shares, strict=True):
             measurement = ask.known.get(policy.digest)
             metrics = measurement.metrics if measurement else {}
             failed = _FAILED_VIOLATION if measurement and measurement.failed else 0.0

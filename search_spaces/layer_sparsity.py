@@ -38,12 +38,19 @@ class ProjectOnto(BaseModel):
     """Share of the dense network's MACs."""
     params: Share | None = None
     """Share of the dense network's parameters."""
+    latency: Share | None = None
+    """Share of the time that the dense network takes."""
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if (self.macs is None) == (self.params is None):
-            raise ValueError("name exactly one of macs and params")
+        if len(self.named) != 1:
+            raise ValueError("name exactly one of macs, params and latency")
         return self
+
+    @property
+    def named(self) -> dict[str, float]:
+        """The one budget by name."""
+        return {name: share for name, share in self if share is not None}
 
 
 class LayerSparsityOptions(BaseModel):
@@ -212,35 +219,36 @@ class LayerSparsity:
         return keep
 
     @cached_property
-    def _budget(self) -> tuple[int, float]:
-        """Which cost is projected (0 MACs, 1 parameters) and its limit."""
-        target = self.options.project_onto
-        assert target is not None  # noqa: S101  callers checked
-        which = 0 if target.macs is not None else 1
-        share = target.macs if target.macs is not None else target.params
-        assert share is not None  # noqa: S101  validated to be one of the two
+    def _budget(self) -> tuple[str, float]:
+        """Which cost is projected, and its limit as a share of the dense network's."""
+        assert self.options.project_onto is not None  # noqa: S101  callers checked
+        ((name, share),) = self.options.project_onto.named.items()
         # A share that names a policy's cost exactly must not lose it to rounding.
-        return which, share * self._table.dense_costs[which] * (1 + 1e-9)
+        return name, share * (1 + 1e-9)
+
+    def _spent(self, keep: IntArray) -> FloatArray:
+        """`(n,)` shares of the projected cost."""
+        return self._table.shares(keep)[self._budget[0]]
 
     def _check_budget(self) -> None:
         if self.options.project_onto is None:
             return
-        which, limit = self._budget
-        name = ("macs", "params")[which]
-        dense = self._table.dense_costs[which]
-        lowest, highest = (
-            int(self._table.costs_of([policy])[which][0])
-            for policy in (self.cheapest(), self.dearest())
-        )
+        name, limit = self._budget
+        if name == "latency" and self._table.latency is None:
+            raise ConfigError(
+                "space.project_onto.latency: how long passes of this network take is not known"
+            )
+        ends = np.array([policy.keep for policy in (self.cheapest(), self.dearest())])
+        lowest, highest = self._spent(ends)
         if not lowest <= limit <= highest * (1 + 2e-9):
             raise BudgetUnreachable(
-                f"space.project_onto.{name} = {limit / dense:.4g} is out of reach: within the "
-                f"sparsity bounds it can be {lowest / dense:.4f} to {highest / dense:.4f} of dense"
+                f"space.project_onto.{name} = {limit:.4g} is out of reach: within the "
+                f"sparsity bounds it can be {lowest:.4f} to {highest:.4f} of dense"
             )
 
     def _project(self, wanted: FloatArray) -> IntArray:
         """Scales `(n, n_groups)` wished-for widths so that each row spends the budget."""
-        which, limit = self._budget
+        limit = self._budget[1]
         # Where a group asks for next to nothing, no factor would ever open it.
         wanted = np.maximum(wanted, 1e-3 * self._table.channels)
 
@@ -251,7 +259,7 @@ class LayerSparsity:
         low, high = np.full(len(wanted), np.log(1e-9)), np.full(len(wanted), np.log(1e3))
         for _ in range(40):
             middle = (low + high) / 2
-            fits = self._table.costs(rounded(np.exp(middle)))[which] <= limit
+            fits = self._spent(rounded(np.exp(middle))) <= limit
             low, high = np.where(fits, middle, low), np.where(fits, high, middle)
         keep = rounded(np.exp(low))
         missing = np.minimum(wanted * np.exp(high)[:, None], self._table.channels) - keep
@@ -262,7 +270,7 @@ class LayerSparsity:
 
         Genes that miss most have their turn first, in turns until none can grow.
         """
-        which, limit = self._budget
+        limit = self._budget[1]
         keep, rows = keep.copy(), np.arange(len(keep))
         most = np.stack([missing[:, list(members)].sum(axis=1) for members in self._members], 1)
         order = np.argsort(-most, axis=1, kind="stable")
@@ -271,7 +279,7 @@ class LayerSparsity:
             for turn in range(self.n_genes):
                 turns = self._gene_of[None] == order[rows, turn][:, None]
                 wider = np.where(turns, self._one_level_wider(keep[rows]), keep[rows])
-                fits = self._table.costs(wider)[which] <= limit
+                fits = self._spent(wider) <= limit
                 grows = fits & (wider > keep[rows]).any(axis=1)
                 keep[rows[grows]] = wider[grows]
                 grown |= grows

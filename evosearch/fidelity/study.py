@@ -22,6 +22,7 @@ from evosearch.fidelity.journal import Journal
 from evosearch.fidelity.truth import FineTuned, Truth, check_images, fine_tune_all, parts_of
 from evosearch.fidelity.variants import FREE, RECIPE, Variant, choose, known_variants
 from evosearch.fidelity.writing import write_files
+from evosearch.latency import LatencyModel
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement, Status
 from evosearch.policy import Policy
@@ -141,7 +142,7 @@ def study(
     options = replace(options, truth=truth)
     variants = _distinct(options.variants, recipe)
     check_images(recipe, options.truth)
-    assembled = assemble(recipe)
+    assembled = assemble(recipe, latency=None if run is None else _latency_of(run))
     start = _start(assembled, options)
     parts = parts_of(recipe, test=options.test)
     if options.test is None and "test" not in parts:
@@ -187,7 +188,7 @@ def _settings(assembled: Assembled, options: Options, parts: tuple[str, ...]) ->
     """All that decides what a record means; what concerns a search alone does not."""
     facts = assembled.facts()
     recipe = assembled.recipe.results_key()
-    del recipe["search"], recipe["data"]["check"]
+    del recipe["search"], recipe["latency"], recipe["data"]["check"]
     return {
         "recipe": recipe,
         "macs": str(options.band),
@@ -264,9 +265,17 @@ def _register(variants: Mapping[str, Variant], journal: Journal) -> None:
             )
 
 
+def _latency_of(run: Path) -> LatencyModel | None:
+    """What was timed when a run was launched."""
+    with Ledger.open(run) as ledger:
+        return read_facts(ledger).latency
+
+
 def _workload(assembled: Assembled, recipe: Recipe) -> Workload:
     """What a changed recipe prepares; made anew only if something has changed."""
-    return assembled.workload if recipe == assembled.recipe else assemble(recipe).workload
+    if recipe == assembled.recipe:
+        return assembled.workload
+    return assemble(recipe, latency=assembled.workload.plan.table.latency).workload
 
 
 def _start(assembled: Assembled, options: Options) -> Workload:

@@ -5,6 +5,7 @@ from evosearch.networks.loading import (
     Network,
     NetworkSpec,
     build_module,
+    import_own,
     is_own,
     load_network,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "Network",
     "NetworkSpec",
     "build_module",
+    "import_own",
     "is_own",
     "load_into",
     "load_network",

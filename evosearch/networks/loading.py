@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from evosearch.errors import NetworkError
+from evosearch.errors import ConfigError, NetworkError
 from evosearch.networks.catalogue import BUILT_IN, IMAGENET, InputSpec
 from evosearch.networks.weights import load_into, read_weights, weights_path
 
@@ -27,6 +27,7 @@ __all__ = [
     "build_module",
     "import_file",
     "import_named",
+    "import_own",
     "is_own",
     "load_network",
 ]
@@ -114,6 +115,20 @@ def import_named(name: str) -> ModuleType:
     if not {here, ""} & set(sys.path):
         sys.path.insert(0, here)
     return importlib.import_module(name)
+
+
+def import_own(name: str) -> object:
+    """What a user means by `module:attribute` or `path/to/file.py:attribute`.
+
+    Raises:
+        ConfigError: The file does not exist.
+        Exception: Whatever importing it, or looking for the attribute, raises.
+    """
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ConfigError(f"file {place} does not exist")
+    module = import_file(Path(place)) if place.endswith(".py") else import_named(place)
+    return getattr(module, attribute)
 
 
 def _own_factory(name: str) -> Callable[..., nn.Module]:

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from evosearch.checks import check_shape
 from evosearch.errors import PolicyError
+from evosearch.latency import AxisWidth, LatencyModel, LayerShape
 from evosearch.policy import Policy
 
 __all__ = ["Axis", "FixedGroup", "Group", "GroupTable", "LayerCost"]
 
+FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 
@@ -111,6 +113,7 @@ class GroupTable:
         axes: All distinct dimensions.
         layers: Costs of convolutions, linear layers and norms.
         other_params: Parameters that no policy changes.
+        latency: What foretells the time of a forward pass; None if that was not measured.
     """
 
     groups: tuple[Group, ...]
@@ -118,6 +121,7 @@ class GroupTable:
     axes: tuple[Axis, ...]
     layers: tuple[LayerCost, ...]
     other_params: int = 0
+    latency: LatencyModel | None = None
 
     @cached_property
     def channels(self) -> IntArray:
@@ -200,8 +204,52 @@ class GroupTable:
 
     def costs_of(self, policies: Sequence[Policy]) -> tuple[IntArray, IntArray]:
         """`costs` of a list of policies."""
+        return self.costs(self._keep_of(policies))
+
+    def shares(self, keep: IntArray) -> dict[str, FloatArray]:
+        """All costs of many policies as shares of the dense network's, by name.
+
+        Args:
+            keep: `(n, n_groups)` kept channels.
+
+        Returns:
+            `(n,)` each for `macs`, `params` and, if it was measured, `latency`.
+        """
+        macs, params = self.costs(keep)
+        found = {"macs": macs / self.dense_costs[0], "params": params / self.dense_costs[1]}
+        return found if self.latency is None else {**found, "latency": self.latency.shares(keep)}
+
+    def shares_of(self, policies: Sequence[Policy]) -> dict[str, FloatArray]:
+        """`shares` of a list of policies."""
+        return self.shares(self._keep_of(policies))
+
+    def _keep_of(self, policies: Sequence[Policy]) -> IntArray:
         keep = np.array([policy.keep for policy in policies], dtype=np.int64)
-        return self.costs(keep.reshape(len(policies), len(self.groups)))
+        return keep.reshape(len(policies), len(self.groups))
+
+    def shapes(self) -> tuple[tuple[AxisWidth, ...], tuple[LayerShape, ...]]:
+        """What the time of a forward pass hangs on: widths of all axes, layers that multiply."""
+        slope, fixed = self._widths
+        axes = tuple(
+            AxisWidth(
+                fixed=int(fixed[column]),
+                per_kept=tuple(
+                    (int(g), int(slope[g, column])) for g in np.flatnonzero(slope[:, column])
+                ),
+            )
+            for column in range(len(self.axes))
+        )
+        layers = tuple(
+            LayerShape(
+                in_axis=layer.in_axis,
+                out_axis=layer.out_axis,
+                macs=layer.macs,
+                positions=layer.macs // max(layer.weights, 1),
+            )
+            for layer in self.layers
+            if layer.macs
+        )
+        return axes, layers
 
     @cached_property
     def dense_costs(self) -> tuple[int, int]:

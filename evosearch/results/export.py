@@ -37,7 +37,7 @@ class Records:
     rows: tuple[dict[str, Any], ...]
 
 
-_VALUES = (*METRICS, "macs", "params")
+_VALUES = (*METRICS, "macs", "params", "latency")
 _CHECKED = tuple(f"check:{name}" for name in METRICS)
 _TEXT = ("policy", "status", "reason")
 _NUMBERS = (*_VALUES, *_CHECKED, "violation", "seconds", "crowding")
@@ -58,8 +58,13 @@ def _kept(results: Results, policy: Policy) -> dict[str, Any]:
     return dict(zip(columns, [*policy.keep, *told][: len(columns)], strict=True))
 
 
-def _measured(row: Row) -> dict[str, Any]:
-    values = {name: row.values.get(name) for name in _VALUES}
+def _value_columns(results: Results) -> tuple[str, ...]:
+    """Metrics and shares; latency where it is known."""
+    return _VALUES if "latency" in results.dense else _VALUES[:-1]
+
+
+def _measured(row: Row, columns: tuple[str, ...]) -> dict[str, Any]:
+    values = {name: row.values.get(name) for name in columns}
     return {**values, "macs_count": row.macs, "params_count": row.params}
 
 
@@ -67,7 +72,7 @@ def front_records(results: Results) -> Records:
     """The front by first objective: metrics, costs as shares and counts, widths, check images."""
     columns = (
         "policy",
-        *_VALUES,
+        *_value_columns(results),
         "macs_count",
         "params_count",
         *_policy_columns(results),
@@ -78,7 +83,7 @@ def front_records(results: Results) -> Records:
         tuple(
             {
                 "policy": row.policy.digest,
-                **_measured(row),
+                **_measured(row, _value_columns(results)),
                 **_kept(results, row.policy),
                 **{f"check:{name}": row.checked.get(name) for name in METRICS},
             }
@@ -90,7 +95,8 @@ def front_records(results: Results) -> Records:
 def measurement_records(results: Results) -> Records:
     """Every measurement of the search in the order of first asking, failures included."""
     columns = (
-        *("policy", "status", "on_front", "violation", *_VALUES, "macs_count", "params_count"),
+        *("policy", "status", "on_front", "violation", *_value_columns(results)),
+        *("macs_count", "params_count"),
         *(*_policy_columns(results), "images", "seconds", "reason"),
     )
     return Records(
@@ -101,7 +107,7 @@ def measurement_records(results: Results) -> Records:
                 "status": row.status.value,
                 "on_front": row.on_front,
                 "violation": row.violation,
-                **_measured(row),
+                **_measured(row, _value_columns(results)),
                 **_kept(results, row.policy),
                 "images": row.images,
                 "seconds": row.seconds,
@@ -114,7 +120,8 @@ def measurement_records(results: Results) -> Records:
 
 def population_records(results: Results, members: Sequence[Member]) -> Records:
     """A generation's population in the algorithm's order, with rank and crowding distance."""
-    columns = ("policy", "status", "rank", "crowding", *_VALUES, *_policy_columns(results))
+    values = _value_columns(results)
+    columns = ("policy", "status", "rank", "crowding", *values, *_policy_columns(results))
     measured = {row.policy: row for row in results.rows}
     return Records(
         columns,
@@ -131,7 +138,7 @@ def population_records(results: Results, members: Sequence[Member]) -> Records:
                     name: measured[member.policy].values.get(name)
                     if member.policy in measured
                     else None
-                    for name in _VALUES
+                    for name in values
                 },
                 **_kept(results, member.policy),
             }

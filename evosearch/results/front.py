@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evosearch.facts import read_facts
+from evosearch.facts import RunFacts, read_facts
 from evosearch.ledger import Entry, Ledger
 from evosearch.measurement import Measurement, Status, Terms
 from evosearch.pareto import front_mask, hypervolume, total_violation
@@ -24,8 +24,8 @@ class Row:
     Args:
         policy: What was measured.
         status: How scoring ended.
-        values: Metrics, and `macs` and `params` as shares of dense; only the shares if it failed,
-            and estimates of the metrics if it was dropped.
+        values: Metrics, and `macs`, `params` and, where the run knows it, `latency` as shares of
+            dense; only the shares if it failed, and estimates of the metrics if it was dropped.
         macs, params: Absolute costs.
         violation: Sum of relative excesses over the constraints; 0 is feasible.
         on_front: Whether no other feasible policy of the search dominates it.
@@ -55,7 +55,7 @@ class Results:
     Args:
         goals: Objectives and constraints.
         groups: Name and channels of each group.
-        dense: Metrics and costs of the dense network.
+        dense: Error and costs of the dense network; `latency` in seconds, where it is known.
         rows: Policies of the search, in the order in which they were first asked for.
         baseline: Policies of the uniform ladder, likewise.
         reference: `(n_objectives,)` of the hypervolume.
@@ -129,39 +129,44 @@ class Results:
         )
 
 
-def _paid(
-    entries: Sequence[Entry], goals: Goals, dense: tuple[int, int], budget: int
-) -> list[Entry]:
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """An entry, and its costs as shares of the dense network's."""
+
+    entry: Entry
+    shares: Mapping[str, float]
+
+
+def _asked(entries: Sequence[Entry], facts: RunFacts) -> list[_Asked]:
+    shares = [
+        {"macs": entry.macs / facts.dense_macs, "params": entry.params / facts.dense_params}
+        for entry in entries
+    ]
+    if facts.latency is not None and entries:
+        latency = facts.latency.shares(np.array([entry.policy.keep for entry in entries]))
+        shares = [
+            {**share, "latency": float(value)} for share, value in zip(shares, latency, strict=True)
+        ]
+    return [_Asked(entry=e, shares=s) for e, s in zip(entries, shares, strict=True)]
+
+
+def _paid(asked: Sequence[_Asked], goals: Goals, budget: int) -> list[_Asked]:
     """What a track's budget pays for: its first affordable policies, in the order of asking.
 
     The last ask of a search may reach beyond the budget; what the other track measured of that
     is not to its credit.
     """
-    affordable = [
-        entry
-        for entry in entries
-        if goals.affordable({"macs": entry.macs / dense[0], "params": entry.params / dense[1]})
-    ]
-    return affordable[:budget]
+    return [one for one in asked if goals.affordable(one.shares)][:budget]
 
 
 def _rows(
-    entries: Sequence[Entry],
-    goals: Goals,
-    dense: tuple[int, int],
-    checked: Mapping[str, Measurement],
+    asked: Sequence[_Asked], goals: Goals, checked: Mapping[str, Measurement]
 ) -> tuple[Row, ...]:
-    found = []
-    for entry in entries:
-        measurement = entry.measurement
-        if measurement is None:
-            continue
-        values = {
-            **measurement.metrics,
-            "macs": entry.macs / dense[0],
-            "params": entry.params / dense[1],
-        }
-        found.append((entry, measurement, values))
+    found = [
+        (one.entry, one.entry.measurement, {**one.entry.measurement.metrics, **one.shares})
+        for one in asked
+        if one.entry.measurement is not None
+    ]
     ok = [measurement.ok for _, measurement, _ in found]
     objectives = np.array(
         [
@@ -203,19 +208,22 @@ def read_results(ledger: Ledger) -> Results:
         objectives=tuple(search.objectives),
         constraints=tuple(Constraint.parse(text) for text in search.constraints),
     )
-    dense = (facts.dense_macs, facts.dense_params)
-
     checked = ledger.measurements(terms=Terms.CHECK)
 
     def rows(track: str, budget: int) -> tuple[Row, ...]:
         raced = track == SEARCH and search.racing > 0
         entries = ledger.entries(track, terms=Terms.RACED if raced else Terms.FULL)
-        return _rows(_paid(entries, goals, dense, budget), goals, dense, checked)
+        return _rows(_paid(_asked(entries, facts), goals, budget), goals, checked)
 
     return Results(
         goals=goals,
         groups=facts.groups,
-        dense={"macs": dense[0], "params": dense[1], "error": facts.dense_error},
+        dense={
+            "macs": facts.dense_macs,
+            "params": facts.dense_params,
+            "error": facts.dense_error,
+            **({} if facts.latency is None else {"latency": facts.latency.dense_seconds}),
+        },
         rows=rows(SEARCH, facts.evaluations),
         baseline=rows(BASELINE, search.baseline),
         reference=reference_point(goals.objectives, facts.worst),

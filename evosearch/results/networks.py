@@ -65,7 +65,9 @@ def _workload(assembled: Assembled, preparation: Preparation) -> Workload:
                 "with --calibration"
             )
     try:
-        found = assemble(recipe, assembled.criteria.names if assembled.criteria else ()).workload
+        criteria = assembled.criteria.names if assembled.criteria else ()
+        latency = assembled.workload.plan.table.latency
+        found = assemble(recipe, criteria, latency).workload
     except (ConfigError, DataError, NetworkError) as exc:
         raise ConfigError(f"{preparation}: {exc}") from exc
     except (RuntimeError, MemoryError) as exc:
@@ -90,7 +92,7 @@ class _Writer:
         recorded = read_facts(ledger)
         # Where it was searched does not matter any more.
         recipe = recorded.recipe.model_copy(update={"run": RunRecipe(workers=0)})
-        assembled = assemble(recipe, recorded.criteria_names)
+        assembled = assemble(recipe, recorded.criteria_names, recorded.latency)
         check_same(recorded, assembled.facts(), run)
         self._groups = recorded.groups
         self._preparation = preparation
@@ -173,8 +175,10 @@ def export_network(
     found = 1 - writer.write(row, file)["error"]
     searched = 1 - row.values["error"]
     note = f" ({searched:.2%} as it was measured in the search)" if preparation else ""
+    latency = row.values.get("latency")
+    time = "" if latency is None else f"{latency:.1%} of the time, "
     return (
-        f"{file}: {writer.network} with {row.values['macs']:.1%} of the MACs and "
+        f"{file}: {writer.network} with {time}{row.values['macs']:.1%} of the MACs and "
         f"{row.values['params']:.1%} of the parameters, validation top-1 {found:.2%}{note}"
     )
 

@@ -22,6 +22,7 @@ _LABELS = {
     "distortion": "error of the last feature maps",
     "macs": "MACs (share of dense)",
     "params": "parameters (share of dense)",
+    "latency": "latency (share of dense)",
 }
 
 

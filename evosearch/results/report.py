@@ -36,18 +36,19 @@ def front_table(results: Results) -> Table:
     table = Table(title=title)
     table.add_column("policy")
     metrics = _shown_metrics(results)
-    for name in ("top-1", *metrics, "MACs", "params"):
+    costs = _shown_costs(results)
+    for name in ("top-1", *metrics, *costs.values()):
         table.add_column(name, justify="right")
     dense = f"{1 - results.dense['error']:.2%}"
     zero = ["0" if name in _DISTANCES else "" for name in metrics]
-    table.add_row("dense", dense, *zero, "100.0%", "100.0%", style="dim", end_section=True)
+    whole = ["100.0%"] * len(costs)
+    table.add_row("dense", dense, *zero, *whole, style="dim", end_section=True)
     for row in shown:
         table.add_row(
             row.policy.digest,
             f"{1 - row.values['error']:.2%}",
             *(f"{row.values[name]:.4f}" for name in metrics),
-            f"{row.values['macs']:.1%}",
-            f"{row.values['params']:.1%}",
+            *(f"{row.values[name]:.1%}" for name in costs),
         )
     return table
 
@@ -56,6 +57,12 @@ def _shown_metrics(results: Results) -> list[str]:
     """What was minimised beside error and costs; divergence if nothing was."""
     wanted = [name for name in results.goals.objectives if name in METRICS and name != "error"]
     return wanted or ["divergence"]
+
+
+def _shown_costs(results: Results) -> dict[str, str]:
+    """Titles of costs by name; latency where it is known."""
+    latency = {"latency": "latency"} if "latency" in results.dense else {}
+    return {**latency, "macs": "MACs", "params": "params"}
 
 
 def hypervolume_lines(results: Results) -> list[str]:

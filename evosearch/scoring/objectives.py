@@ -1,8 +1,8 @@
 """Objectives and constraints by name: numbers of a measurement or of a policy's costs.
 
-`error`, `loss`, `margin`, `divergence` and `distortion` are measured; `macs` and `params` are
-fractions of the dense network, known before anything is built. All are minimised. Knows nothing of
-torch.
+`error`, `loss`, `margin`, `divergence` and `distortion` are measured; `macs`, `params` and
+`latency` are fractions of the dense network, known before anything is built. All are minimised.
+Knows nothing of torch.
 """
 
 import re
@@ -20,6 +20,8 @@ __all__ = ["COSTS", "Constraint", "Goals", "check_name", "reference_point", "wor
 COSTS: dict[str, str] = {
     "macs": "multiply-accumulates, as a share of the dense network's",
     "params": "parameters, as a share of the dense network's",
+    "latency": "time of a forward pass, as a share of the dense network's; foreseen from passes "
+    "timed at launch (`[latency]`)",
 }
 
 FloatArray = NDArray[np.float64]
@@ -87,6 +89,11 @@ class Goals:
             raise ConfigError(
                 f"search.objectives must name at least one, each once, got {self.objectives}"
             )
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all objectives and constraints."""
+        return frozenset((*self.objectives, *(c.name for c in self.constraints)))
 
     @property
     def cost_constraints(self) -> tuple[Constraint, ...]:

@@ -12,7 +12,7 @@ import pytest
 
 from evosearch.ledger import Ledger
 from evosearch.measurement import Terms
-from tests.integration.conftest import Cli
+from tests.integration.conftest import TINY, Cli
 
 ALGORITHMS = ["de", "nsga2", "gde3", "nsde", "random", "uniform"]
 # Single-objective algorithms take the other objective as a constraint.
@@ -94,6 +94,29 @@ def test_killed_search_with_races_ends_as_if_never_killed(
         "export", str(cli.folder / "races-whole"), "net.safetensors", "--policy", policy, code=2
     )
     assert "was dropped: worse than" in refused.stderr
+
+
+def test_killed_search_for_speed_ends_as_if_never_killed(
+    cli: Cli, recipe: Callable[..., str]
+) -> None:
+    more = (
+        '[latency]\nmeasure = "tiny.py:weigh"\nimages = 4\n'
+        "[space]\nproject_onto = { latency = 0.7 }\n"
+    )
+    (cli.folder / "tiny.py").write_bytes(TINY.read_bytes())
+    changes = (
+        'search.objectives=["divergence", "latency"]',
+        'search.constraints=["latency <= 0.7"]',
+    )
+    options = [part for change in changes for part in ("--set", change)]
+    check(cli, recipe(more=more), ["--algorithm", "nsga2", *options], "fast")
+    found = pd.read_csv(cli.folder / "fast-whole.csv")
+    assert found["latency"].between(0.6, 0.7).all()
+    said = cli.here("export", "fast-whole", "net.safetensors", "--policy", found["policy"][0])
+    assert f"with {found['latency'][0]:.1%} of the time, " in said.stdout
+    # What was timed at launch is what counts: a clock that is gone is not missed.
+    (cli.folder / "tiny.py").unlink()
+    assert "latency: the dense network takes" in cli.here("resume", "fast-killed").stderr
 
 
 def test_larger_budget_later_is_a_larger_budget_at_once(

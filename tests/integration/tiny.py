@@ -28,6 +28,11 @@ class Tiny(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
+def weigh(module: nn.Module, images: Tensor) -> float:
+    """A stopwatch for networks whose time is that of their weights, the same at every look."""
+    return 1e-6 * len(images) * sum(p.numel() for p in module.parameters())
+
+
 class _Trap(Tiny):
     """Springs when the first layer has become narrower than the half that tracing tries."""
 

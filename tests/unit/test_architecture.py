@@ -37,7 +37,7 @@ LAYERS = (
     ("evosearch.data", "evosearch.networks", "search_spaces"),
     ("evosearch.ledger", "evosearch.scoring.objectives", "evosearch.space"),
     ("evosearch.measurement", "evosearch.pruning.table"),
-    ("evosearch.pareto", "evosearch.policy", "evosearch.recipe"),
+    ("evosearch.latency", "evosearch.pareto", "evosearch.policy", "evosearch.recipe"),
     ("evosearch.checks", "evosearch.fidelity.statistics", "evosearch.files"),
     ("evosearch.errors",),
 )
@@ -60,6 +60,7 @@ LIGHT = (
     "evosearch.errors",
     "evosearch.facts",
     "evosearch.files",
+    "evosearch.latency",
     "evosearch.ledger",
     "evosearch.measurement",
     "evosearch.pareto",

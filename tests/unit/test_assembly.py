@@ -176,7 +176,84 @@ def test_profile_shows_what_is_done_to_images() -> None:
 def test_profile_shows_the_costs_that_a_projection_leaves() -> None:
     projected = recipe(space={"project_onto": {"macs": 0.5}})
     found = profile(projected)
-    assert 0.4 < found.lowest[0] <= found.highest[0] <= 0.5
+    assert 0.4 < found.lowest["macs"] <= found.highest["macs"] <= 0.5
+
+
+def test_profile_tells_how_fast_the_network_can_become() -> None:
+    found = profile(recipe())
+    assert 0 < found.lowest["latency"] < found.highest["latency"] == 1
+    lines = "\n".join(profile_lines(recipe(), found))
+    assert "timed       1 image at a time: the dense network takes" in lines
+
+
+def seconds_by_weights(module: nn.Module, images: torch.Tensor) -> float:
+    return 1e-6 * len(images) * sum(p.numel() for p in module.parameters() if p.ndim > 1)
+
+
+def never(_module: nn.Module, _images: torch.Tensor) -> float:
+    raise RuntimeError("no device")
+
+
+def timed(name: str, **tables: dict[str, Any]) -> Any:
+    search = {"objectives": ["error", "latency"], **tables.pop("search", {})}
+    return recipe(latency={"measure": f"{__name__}:{name}", "images": 2}, search=search, **tables)
+
+
+def test_an_own_stopwatch_decides_latency() -> None:
+    table = assemble(timed("seconds_by_weights")).workload.plan.table
+    assert table.latency is not None
+    keep = np.arange(1, 17)[:, None]
+    weights = 27 * keep + 10 * keep  # of the convolution, of the head
+    np.testing.assert_allclose(table.latency.shares(keep), weights[:, 0] / (37 * 16), atol=1e-6)
+    assert table.latency.dense_seconds == pytest.approx(2e-6 * 37 * 16)
+    # It was written down, and is not measured again.
+    again = assemble(timed("never"), latency=table.latency).workload.plan.table
+    assert again.latency == table.latency
+
+
+def test_latency_is_timed_only_where_it_is_wanted() -> None:
+    unwanted = recipe(latency={"measure": f"{__name__}:never"})
+    assert assemble(unwanted).workload.plan.table.latency is None
+    for wanted in (
+        timed("never"),
+        timed("never", search={"objectives": ["error"], "constraints": ["latency <= 0.9"]}),
+        timed("never", search={"objectives": ["error"]}, space={"project_onto": {"latency": 0.5}}),
+    ):
+        with pytest.raises(ConfigError, match=r"latency\.measure failed with .*no device"):
+            assemble(wanted)
+
+
+def test_a_budget_of_time_is_spent() -> None:
+    budget = {"project_onto": {"latency": 0.5}}
+    found = assemble(timed("seconds_by_weights", space=budget))
+    policies = found.space.decode(np.random.default_rng(0).random((8, found.space.n_genes)))
+    assert {policy.keep for policy in policies} == {(8,)}
+    with pytest.raises(BudgetUnreachable, match=r"latency = 0\.01 is out of reach: .* 0\.1250 to"):
+        assemble(timed("seconds_by_weights", space={"project_onto": {"latency": 0.01}}))
+
+
+@pytest.mark.parametrize(
+    ("measure", "sentence"),
+    [
+        ("nobody", "name your own function as module:function"),
+        ("evosearch:nobody", "importing it failed with AttributeError"),
+        ("nowhere.py:clock", r"latency\.measure = .* file .*nowhere\.py does not exist"),
+        (f"{__name__}:Made", r"latency\.measure failed with TypeError"),
+        (f"{__name__}:recipe_text", "is no function, but a str"),
+        (f"{__name__}:instant", r"must return seconds above 0, got 0\.0"),
+    ],
+)
+def test_a_wrong_stopwatch_is_refused_by_its_field(measure: str, sentence: str) -> None:
+    search = {"objectives": ["error", "latency"]}
+    with pytest.raises(ConfigError, match=sentence):
+        assemble(recipe(latency={"measure": measure}, search=search))
+
+
+recipe_text = "no function"
+
+
+def instant(_module: nn.Module, _images: torch.Tensor) -> float:
+    return 0.0
 
 
 def test_own_networks_are_not_mirrored_unless_they_say_so() -> None:

@@ -16,12 +16,13 @@ from evosearch.pruning.table import GroupTable
 from evosearch.space import make_space
 from evosearch.testing import chain_table
 from search_spaces.layer_sparsity import LayerSparsity
+from tests.unit.latencies import timed
 
 FloatArray = NDArray[np.float64]
-KINDS = ("macs", "params")
+KINDS = ("macs", "params", "latency")
 
 genes = st.floats(0, 1) | st.sampled_from([0.0, 0.5, 1.0])
-tables = st.lists(st.integers(2, 40), min_size=1, max_size=5).map(chain_table)
+tables = st.lists(st.integers(2, 40), min_size=1, max_size=5).map(lambda w: timed(chain_table(w)))
 steps = st.sampled_from([1, 2, 3, 8, 64])
 groupings = st.sampled_from(["layer", "stage"])
 some = settings(max_examples=60, deadline=None)
@@ -44,11 +45,11 @@ def projected(draw: st.DrawFn) -> tuple[GroupTable, dict[str, Any]]:
         "grouping": draw(groupings),
     }
     space = LayerSparsity(table, options)
-    kind = draw(st.integers(0, 1))
-    lowest, highest = table.costs_of([space.cheapest(), space.dearest()])[kind]
-    share = (lowest + draw(st.floats(0, 1)) * (highest - lowest)) / table.dense_costs[kind]
+    kind = draw(st.sampled_from(KINDS))
+    lowest, highest = table.shares_of([space.cheapest(), space.dearest()])[kind]
+    share = lowest + draw(st.floats(0, 1)) * (highest - lowest)
     assume(share <= 1)
-    return table, {**options, "project_onto": {KINDS[kind]: float(share)}}
+    return table, {**options, "project_onto": {kind: float(share)}}
 
 
 def genomes_of(space: LayerSparsity) -> st.SearchStrategy[FloatArray]:
@@ -69,7 +70,7 @@ def admissible(channels: int, low: float, high: float, step: int) -> list[int]:
 
 @cache
 def traced(name: str) -> GroupTable:
-    return trace(load_network(NetworkSpec(name=name))).table
+    return timed(trace(load_network(NetworkSpec(name=name))).table)
 
 
 @some
@@ -141,9 +142,8 @@ def test_projected_policy_stays_within_the_budget(
     table, options = case
     space = LayerSparsity(table, options)
     ((kind, share),) = options["project_onto"].items()
-    which = KINDS.index(kind)
-    costs = table.costs(keep_of(space, data.draw(genomes_of(space))))[which]
-    assert (costs <= share * table.dense_costs[which] + 1e-6).all()
+    spent = table.shares(keep_of(space, data.draw(genomes_of(space))))[kind]
+    assert (spent <= share * (1 + 1e-8)).all()
 
 
 @some
@@ -154,11 +154,10 @@ def test_no_gene_of_a_projected_policy_can_grow_by_one_step(
     table, options = case
     space = LayerSparsity(table, options)
     ((kind, share),) = options["project_onto"].items()
-    which = KINDS.index(kind)
     for keep in keep_of(space, data.draw(genomes_of(space))):
         wider = np.array(list(one_step_wider(table, options, keep)))
         if len(wider):
-            assert (table.costs(wider)[which] > share * table.dense_costs[which]).all()
+            assert (table.shares(wider)[kind] > share).all()
 
 
 def one_step_wider(
@@ -188,10 +187,10 @@ def test_wide_groups_stay_within_a_tiny_budget() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("network", ["resnet20", "lenet-5"])
 def test_projected_policies_of_a_real_network_spend_the_budget(network: str, kind: str) -> None:
-    table, which = traced(network), KINDS.index(kind)
+    table = traced(network)
     space = LayerSparsity(table, {"project_onto": {kind: 0.4}})
     genomes = np.random.default_rng(0).random((32, space.n_genes))
-    shares = table.costs(keep_of(space, genomes))[which] / table.dense_costs[which]
+    shares = table.shares(keep_of(space, genomes))[kind]
     assert (shares <= 0.4).all()
     assert (shares > 0.38).all()  # one channel of 20 is more than a hundredth
 
@@ -280,10 +279,13 @@ def test_unknown_space_is_refused_with_the_known_ones() -> None:
         ({"round_to": 1.5}, r"space\.round_to: .*integer.*got 1\.5"),
         ({"grouping": "block"}, r"space\.grouping: .*'layer' or 'stage', got 'block'"),
         ({"project_onto": 0.5}, r"space\.project_onto: .*got 0\.5"),
-        ({"project_onto": {}}, r"space\.project_onto: name exactly one of macs and params"),
+        (
+            {"project_onto": {}},
+            r"space\.project_onto: name exactly one of macs, params and latency",
+        ),
         (
             {"project_onto": {"macs": 0.5, "params": 0.5}},
-            r"space\.project_onto: name exactly one of macs and params",
+            r"space\.project_onto: name exactly one of macs, params and latency",
         ),
         ({"project_onto": {"macs": 1.5}}, r"space\.project_onto\.macs: .*equal to 1, got 1\.5"),
     ],
@@ -294,7 +296,7 @@ def test_wrong_option_is_refused_by_its_name(options: dict[str, Any], sentence: 
 
 
 def test_unknown_budget_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"did you mean 'macs'|known are macs, params"):
+    with pytest.raises(ConfigError, match=r"did you mean 'macs'|known are macs, params, latency"):
         LayerSparsity(chain_table(), {"project_onto": {"mac": 0.5}})
 
 

@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 
 from torch import Tensor
 
 from evosearch.errors import ConfigError
-from evosearch.networks.loading import import_file, import_named
+from evosearch.networks.loading import import_own
 from evosearch.pruning.criteria import excitation, gradients, maps, residual, weights
 from evosearch.pruning.criteria.evidence import NEEDS
 from evosearch.pruning.criteria.view import GroupView
@@ -130,11 +129,7 @@ def known_criteria() -> Mapping[str, EntryPoint]:
 def _loaded(name: str) -> object:
     if name in known_criteria():
         return known_criteria()[name].load()
-    place, _, attribute = name.rpartition(":")
-    if place.endswith(".py") and not Path(place).is_file():
-        raise ConfigError(f"criterion {name!r}: file {place} does not exist")
-    module = import_file(Path(place)) if place.endswith(".py") else import_named(place)
-    return getattr(module, attribute)
+    return import_own(name)
 
 
 def criterion_named(name: str) -> Criterion:
@@ -154,8 +149,8 @@ def criterion_named(name: str) -> Criterion:
         )
     try:
         found = _loaded(name)
-    except ConfigError:
-        raise
+    except ConfigError as exc:
+        raise ConfigError(f"criterion {name!r}: {exc}") from exc
     except (Exception, SystemExit) as exc:  # a user's file may do anything while it is imported
         raise ConfigError(f"criterion {name!r}: importing it failed with {exc!r}") from exc
     if isinstance(found, Criterion):

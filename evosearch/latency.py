@@ -1,0 +1,240 @@
+"""How long a cut network takes, foreseen from its widths.
+
+MACs say little about time: a ResNet-20 with a fifth of its MACs still takes half of the time, as
+what a layer costs besides its products does not shrink, and kernels work on widths in eights. So
+some networks of all widths are timed once, and a sum of terms is fitted to their times, none of
+them negative: for layers of a kind (positions, kernel, depthwise or not) their MACs, their MACs
+with widths rounded up to eights, and the maps they write and read. Hence no width ever costs less
+than a smaller one, and a policy's latency is known before anything is built, as its MACs are.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from evosearch.checks import check_shape
+
+__all__ = ["AxisWidth", "LatencyModel", "LayerShape", "fit_latency"]
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+Index = Annotated[int, Field(ge=0)]
+
+# Of channels: what vector units take at once.
+_BLOCK = 8
+_FOLDS = 5
+# What hangs on a share must not hang on the last bits of sums, which differ between machines.
+_DIGITS = 9
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class AxisWidth(_Part):
+    """The width of a dimension: channels that no policy cuts, and so many for each kept one."""
+
+    fixed: Index
+    per_kept: tuple[tuple[Index, Index], ...]
+    """Group, and how many indices each of its channels takes."""
+
+
+class LayerShape(_Part):
+    """What the time of a layer may hang on.
+
+    Args:
+        in_axis, out_axis: Indices of dimensions; no input for depthwise convolutions.
+        macs: Multiply-accumulates per pair of channels.
+        positions: Places of a map at which the kernel is applied.
+    """
+
+    in_axis: Index | None
+    out_axis: Index
+    macs: Index
+    positions: Index
+
+
+class Term(_Part):
+    """`seconds * width of one * width of another`; a width of None is 1."""
+
+    seconds: Annotated[float, Field(ge=0)]
+    one: Index | None
+    other: Index | None
+    rounded: bool = False
+    """Whether widths are rounded up to eights."""
+
+
+class LatencyModel(_Part):
+    """Seconds of a forward pass by policy; made by `fit_latency`, and kept in a run's ledger."""
+
+    axes: tuple[AxisWidth, ...]
+    terms: tuple[Term, ...]
+    constant: Annotated[float, Field(ge=0)]
+    """Seconds that no width changes."""
+    channels: tuple[Index, ...]
+    """Of each group in the dense network."""
+    dense_seconds: Annotated[float, Field(gt=0)]
+    """Measured."""
+    error: Annotated[float, Field(ge=0)]
+    """Mean relative error on timed policies that a fit has not seen."""
+    policies: Annotated[int, Field(ge=1)]
+    """How many were timed."""
+
+    def told(self) -> str:
+        """What was timed, for people."""
+        narrow = float(self.shares(np.ones((1, len(self.channels)), dtype=np.int64))[0])
+        return (
+            f"the dense network takes {1e3 * self.dense_seconds:.3g} ms, and {narrow:.0%} of that "
+            f"with one channel per group; {self.policies} networks were timed, and are foreseen "
+            f"within {self.error:.1%}"
+        )
+
+    def shares(self, keep: IntArray) -> FloatArray:
+        """`(n,)` seconds of `(n, n_groups)` kept channels, as shares of the dense network's."""
+        keep = np.asarray(keep, dtype=np.int64)
+        check_shape(keep, "keep", ("n", len(self.channels)))
+        return np.asarray(np.round(self._seconds(keep) / self._dense, _DIGITS))
+
+    @cached_property
+    def _dense(self) -> float:
+        return float(self._seconds(np.array([self.channels]))[0])
+
+    @cached_property
+    def _columns(self) -> tuple[IntArray, IntArray, FloatArray]:
+        """Per term two columns of widths (plain, rounded, and a last one of ones), and seconds."""
+        n, last = len(self.axes), 2 * len(self.axes)
+
+        def column(axis: int | None, rounded: bool) -> int:
+            return last if axis is None else axis + n * rounded
+
+        pairs = [(column(t.one, t.rounded), column(t.other, t.rounded)) for t in self.terms]
+        ones, others = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        return ones, others, np.array([term.seconds for term in self.terms])
+
+    def _seconds(self, keep: IntArray) -> FloatArray:
+        widths = _widths(self.axes, keep)
+        one = np.ones((len(keep), 1), dtype=np.int64)
+        every = np.concatenate([widths, _rounded_up(self.axes, widths), one], axis=1)
+        ones, others, seconds = self._columns
+        return np.asarray(self.constant + (every[:, ones] * every[:, others]) @ seconds)
+
+
+def _widths(axes: Sequence[AxisWidth], keep: IntArray) -> IntArray:
+    """`(n, n_axes)` of `(n, n_groups)` kept channels."""
+    slope = np.zeros((keep.shape[1], len(axes)), dtype=np.int64)
+    for column, axis in enumerate(axes):
+        for group, count in axis.per_kept:
+            slope[group, column] = count
+    return np.asarray(keep @ slope + np.array([axis.fixed for axis in axes], dtype=np.int64))
+
+
+def _rounded_up(axes: Sequence[AxisWidth], widths: IntArray) -> IntArray:
+    """Widths in eights; those that nothing cuts, such as an image's, stay as they are."""
+    cut = np.array([bool(axis.per_kept) for axis in axes])
+    return np.where(cut, -(-widths // _BLOCK) * _BLOCK, widths)
+
+
+class _Columns:
+    """What is fitted: one column of numbers per kind of layer and kind of term.
+
+    Args:
+        axes: All dimensions.
+        layers: All that cost something.
+    """
+
+    def __init__(self, axes: Sequence[AxisWidth], layers: Sequence[LayerShape]) -> None:
+        self._axes = axes
+        kinds: dict[tuple[bool, int, int], list[LayerShape]] = {}
+        for layer in layers:
+            kinds.setdefault((layer.in_axis is None, layer.positions, layer.macs), []).append(layer)
+        self.terms = [list(terms) for same in kinds.values() for terms in _terms(same)]
+
+    def values(self, keep: IntArray) -> FloatArray:
+        """`(n, 1 + n_columns)`, the first of ones."""
+        widths = _widths(self._axes, keep)
+        rounded = _rounded_up(self._axes, widths)
+        found = np.ones((len(keep), 1 + len(self.terms)))
+        for column, terms in enumerate(self.terms, 1):
+            found[:, column] = sum(
+                term.seconds
+                * np.prod([(rounded if term.rounded else widths)[:, axis] for axis in axes], axis=0)
+                for term in terms
+                if (axes := [axis for axis in (term.one, term.other) if axis is not None])
+            )
+        return found
+
+
+def _terms(layers: Sequence[LayerShape]) -> Iterator[Iterable[Term]]:
+    """Columns for layers of one kind; their `seconds` are factors until they are fitted."""
+    for rounded in (False, True):
+        yield (
+            Term(seconds=r.macs, one=r.in_axis, other=r.out_axis, rounded=rounded) for r in layers
+        )
+    yield (Term(seconds=r.positions, one=None, other=r.out_axis) for r in layers)
+    if layers[0].in_axis is not None:
+        yield (Term(seconds=r.positions, one=r.in_axis, other=None) for r in layers)
+
+
+def fit_latency(
+    axes: Sequence[AxisWidth],
+    layers: Sequence[LayerShape],
+    channels: Sequence[int],
+    keep: IntArray,
+    seconds: FloatArray,
+) -> LatencyModel:
+    """Fits a model to timed policies, to their relative errors.
+
+    Args:
+        axes: All dimensions of weights.
+        layers: All that cost something.
+        channels: Of each group in the dense network.
+        keep: `(n, n_groups)` kept channels, the dense network's first.
+        seconds: `(n,)` measured.
+    """
+    columns = _Columns(axes, layers)
+    values = columns.values(keep)
+    factors = _nonnegative(values, seconds)
+    terms = [
+        Term(
+            seconds=float(factor) * term.seconds,
+            one=term.one,
+            other=term.other,
+            rounded=term.rounded,
+        )
+        for factor, same in zip(factors[1:], columns.terms, strict=True)
+        for term in (same if factor > 0 else ())
+    ]
+    return LatencyModel(
+        axes=tuple(axes),
+        terms=tuple(terms),
+        constant=float(factors[0]),
+        channels=tuple(int(c) for c in channels),
+        dense_seconds=float(seconds[0]),
+        error=_error_out_of_fold(values, seconds),
+        policies=len(keep),
+    )
+
+
+def _nonnegative(values: FloatArray, seconds: FloatArray) -> FloatArray:
+    """Factors of the columns, least squares of relative errors."""
+    from scipy.optimize import nnls
+
+    scale = values.max(axis=0)
+    scale[scale == 0] = 1.0
+    found, _ = nnls(values / scale / seconds[:, None], np.ones(len(seconds)))
+    return np.asarray(found / scale)
+
+
+def _error_out_of_fold(values: FloatArray, seconds: FloatArray) -> float:
+    rows = np.arange(len(seconds))
+    errors = np.empty(len(seconds))
+    for fold in range(_FOLDS):
+        out = rows % _FOLDS == fold
+        if out.any() and not out.all():
+            foreseen = values[out] @ _nonnegative(values[~out], seconds[~out])
+            errors[out] = np.abs(foreseen / seconds[out] - 1)
+    return float(errors.mean())

@@ -1,0 +1,152 @@
+"""What foretells the time of a forward pass."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+from torch import nn
+
+from evosearch.errors import ConfigError
+from evosearch.latency import LatencyModel, fit_latency
+from evosearch.networks import NetworkSpec, load_network
+from evosearch.policy import Policy
+from evosearch.pruning.groups import trace
+from evosearch.pruning.table import GroupTable
+from evosearch.recipe import LatencyRecipe
+from evosearch.scoring.timing import time_passes
+from evosearch.testing import chain_table
+from tests.unit.latencies import random_widths, seconds_of, timed
+from tests.unit.small_networks import Joined, Small, own
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+tables = st.lists(st.integers(2, 40), min_size=1, max_size=5).map(lambda w: timed(chain_table(w)))
+
+
+def model_of(table: GroupTable) -> LatencyModel:
+    assert table.latency is not None
+    return table.latency
+
+
+def refitted(table: GroupTable, keep: IntArray, seconds: FloatArray) -> LatencyModel:
+    axes, layers = table.shapes()
+    return fit_latency(axes, layers, table.channels.tolist(), keep, seconds)
+
+
+def test_seconds_that_follow_from_widths_are_found_again() -> None:
+    table = timed(trace(load_network(NetworkSpec(name="resnet20"))).table)
+    model = model_of(table)
+    other = np.random.default_rng(1).integers(1, table.channels + 1, (50, len(table.groups)))
+    dense = seconds_of(table, table.channels[None])
+    np.testing.assert_allclose(model.shares(other), seconds_of(table, other) / dense, rtol=2e-3)
+    assert model.error < 2e-3
+    assert model.dense_seconds == pytest.approx(float(dense[0]))
+
+
+def test_noise_is_told() -> None:
+    table = chain_table()
+    keep = random_widths(table)
+    noise = np.random.default_rng(0).normal(1, 0.1, len(keep))
+    assert 0.05 < refitted(table, keep, seconds_of(table, keep) * noise).error < 0.15
+
+
+def test_time_that_no_width_changes_is_a_constant() -> None:
+    table = chain_table()
+    keep = random_widths(table)
+    model = refitted(table, keep, np.full(len(keep), 0.25))
+    np.testing.assert_allclose(model.shares(keep), 1.0, atol=1e-6)
+    assert model.constant == pytest.approx(0.25)
+
+
+def test_steps_of_eight_channels_are_seen() -> None:
+    table = chain_table([64, 64])
+    keep = random_widths(table, 120)
+    up = -(-keep // 8) * 8
+    seconds = 1e-3 + 1e-9 * table.costs(up)[0]
+    model = refitted(table, keep, seconds)
+    assert model.error < 0.01
+    inner = np.array([[17, 33], [24, 40], [25, 41]])
+    first, same, more = model.shares(inner)
+    assert same - first < 0.2 * (more - same)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tables, st.data())
+def test_wider_is_never_faster_and_dense_is_one(table: GroupTable, data: st.DataObject) -> None:
+    model = model_of(table)
+    shape = (len(table.groups),)
+    draws = arrays(np.float64, shape, elements=st.floats(0, 1))
+    one, other = (np.ceil(data.draw(draws) * table.channels).clip(1).astype(int) for _ in range(2))
+    narrow, wide, dense = model.shares(
+        np.array([np.minimum(one, other), np.maximum(one, other), table.channels])
+    )
+    assert 0 < narrow <= wide <= dense == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(tables)
+def test_what_the_ledger_keeps_is_the_same_model(table: GroupTable) -> None:
+    model = model_of(table)
+    again = LatencyModel.model_validate_json(model.model_dump_json())
+    keep = random_widths(table)
+    assert again == model
+    assert again.shares(keep).tobytes() == model.shares(keep).tobytes()
+
+
+def test_shares_of_a_table_have_a_latency_only_where_it_is_known() -> None:
+    table = chain_table()
+    policies = [table.dense, Policy((8, 12, 16))]
+    assert set(table.shares_of(policies)) == {"macs", "params"}
+    shares = timed(table).shares_of(policies)
+    assert shares["latency"][0] == shares["macs"][0] == 1
+    assert shares["macs"][1] < shares["latency"][1] < 1
+
+
+@pytest.mark.parametrize("network", [Small(), Joined()], ids=["flattened", "joined"])
+def test_networks_are_really_cut_and_timed(network: nn.Module) -> None:
+    traced, plan = own(network)
+    dense = sum(p.numel() for p in network.parameters())
+    model = time_passes(traced, plan, LatencyRecipe(images=3, measure=f"{__name__}:by_parameters"))
+    assert model.dense_seconds == pytest.approx(3e-9 * dense)
+    keep = random_widths(plan.table)
+    np.testing.assert_allclose(model.shares(keep), plan.table.costs(keep)[1] / dense, atol=0.02)
+    assert sum(p.numel() for p in network.parameters()) == dense
+
+
+def by_parameters(module: nn.Module, images: torch.Tensor) -> float:
+    assert not module.training
+    module(images)
+    return 1e-9 * len(images) * sum(p.numel() for p in module.parameters())
+
+
+def test_a_wider_network_takes_longer_here() -> None:
+    """The only test that reads a clock: products of 64 channels beside products of 1."""
+    traced = load_network(NetworkSpec(name="resnet20"))
+    plan = trace(traced)
+    threads = torch.get_num_threads()
+    model = time_passes(traced, plan, LatencyRecipe(images=4))
+    assert model.shares(np.ones((1, len(plan.table.groups)), dtype=int))[0] < 0.95
+    assert torch.get_num_threads() == threads
+
+
+def test_widths_are_drawn_as_the_space_rounds_them() -> None:
+    traced = load_network(NetworkSpec(name="resnet20"))
+    plan = trace(traced)
+    time_passes(traced, plan, LatencyRecipe(measure=f"{__name__}:rounded"), round_to=8)
+
+
+def rounded(module: nn.Module, _images: torch.Tensor) -> float:
+    widths = {c.out_channels for c in module.modules() if isinstance(c, nn.Conv2d)}
+    assert all(width % 8 == 0 for width in widths)
+    return 1.0
+
+
+def test_a_network_that_cannot_be_narrowed_is_not_timed() -> None:
+    traced, plan = own(Small())
+    traced.module.forward = lambda _x: (_ for _ in ()).throw(RuntimeError("no"))  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"latency: .* only 0 could be run; leave latency out"):
+        time_passes(traced, plan, LatencyRecipe())
