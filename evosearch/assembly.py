@@ -51,6 +51,8 @@ from evosearch.space import CriteriaFacts, CriteriaWish, SearchSpace, criteria_w
 _CLEARLY_ABOVE = 0.1
 # Fewer images order policies less well by outputs than by feature maps (docs/fidelity.md).
 _FEW_FOR_OUTPUTS = 256
+# Relative errors of foreseen latencies beyond this are told.
+_UNSURE = 0.1
 # Of so many images and classes the ledger keeps what the dense network puts out.
 _SHOWN = 16
 # So many random policies show what a space can cost, where its extremes are not policies of it.
@@ -132,11 +134,28 @@ class Assembled:
                 "there are no last feature maps that keep all channels and that every cut moves; "
                 f"set data.validation to {_FEW_FOR_OUTPUTS} or more"
             )
+        found += self._doubts_about_latency()
         good = settled_precision("auto", gpu=self.recipe.run.gpus_per_worker > 0)
         if (self.recipe.proxy.precision, good) == ("bfloat16", "float32"):
             found.append(
                 "proxy.precision is bfloat16, which this machine does not compute in: candidates "
                 "may take ten times as long as in float32, which a new run would choose here"
+            )
+        return found
+
+    def _doubts_about_latency(self) -> list[str]:
+        latency, found = self.workload.plan.table.latency, []
+        if latency is None:
+            return []
+        if latency.error > _UNSURE:
+            found.append(
+                f"warning: latency is foreseen within {latency.error:.0%} only; if the machine was "
+                "busy while passes were timed, launch again when it is not"
+            )
+        if self.recipe.run.gpus_per_worker > 0 and self.recipe.latency.measure is None:
+            found.append(
+                "latency is that of this machine's CPU; name a stopwatch for another device as "
+                "latency.measure"
             )
         return found
 

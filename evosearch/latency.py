@@ -94,14 +94,12 @@ class LatencyModel(_Part):
         )
 
     def shares(self, keep: IntArray) -> FloatArray:
-        """`(n,)` seconds of `(n, n_groups)` kept channels, as shares of the dense network's."""
-        keep = np.asarray(keep, dtype=np.int64)
-        check_shape(keep, "keep", ("n", len(self.channels)))
-        return np.asarray(np.round(self._seconds(keep) / self._dense, _DIGITS))
+        """`seconds` as shares of the dense network's, which are foreseen likewise."""
+        return np.asarray(np.round(self.seconds(keep) / self._dense, _DIGITS))
 
     @cached_property
     def _dense(self) -> float:
-        return float(self._seconds(np.array([self.channels]))[0])
+        return float(self.seconds(np.array([self.channels]))[0])
 
     @cached_property
     def _columns(self) -> tuple[IntArray, IntArray, FloatArray]:
@@ -115,7 +113,10 @@ class LatencyModel(_Part):
         ones, others = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
         return ones, others, np.array([term.seconds for term in self.terms])
 
-    def _seconds(self, keep: IntArray) -> FloatArray:
+    def seconds(self, keep: IntArray) -> FloatArray:
+        """`(n,)` seconds of `(n, n_groups)` kept channels."""
+        keep = np.asarray(keep, dtype=np.int64)
+        check_shape(keep, "keep", ("n", len(self.channels)))
         widths = _widths(self.axes, keep)
         one = np.ones((len(keep), 1), dtype=np.int64)
         every = np.concatenate([widths, _rounded_up(self.axes, widths), one], axis=1)

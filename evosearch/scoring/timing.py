@@ -1,5 +1,6 @@
 """Times forward passes of networks of many widths, for a model of latency."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,25 +18,27 @@ from evosearch.pruning.cutting import Cutter, CuttingPlan
 from evosearch.pruning.table import GroupTable
 from evosearch.recipe import LatencyRecipe
 
-__all__ = ["Stopwatch", "stopwatch_named", "time_passes"]
+__all__ = ["Stopwatch", "draw_widths", "seconds_of", "time_passes"]
 
+FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Stopwatch = Callable[[nn.Module, Tensor], float]
 """From a network and `(n, c, h, w)` float32 images to the seconds that a forward pass takes."""
 
 # Policies that are timed, the dense network among them; fewer than the least foretell nothing.
 _POLICIES, _LEAST = 64, 16
-# Other processes come and go: all policies are timed in turns, for about so long.
-_SECONDS, _MOST_TURNS = 15.0, 5
-_PASSES = 3
+# Policies are timed in turns, until so much time is spent.
+_SECONDS, _LEAST_TURNS, _MOST_TURNS = 30.0, 2, 5
+# Of one network at a time; after the first pass, which prepares its kernels.
+_PASSES, _PASS_SECONDS = 3, 0.1
 
 
 @torch.inference_mode()
 def eager_seconds(module: nn.Module, images: Tensor) -> float:
     """The fastest of a few forward passes, after one to warm up."""
     module(images)
-    found = []
-    for _ in range(_PASSES):
+    found: list[float] = []
+    while len(found) < _PASSES and sum(found) < _PASS_SECONDS:
         start = time.perf_counter()
         module(images)
         found.append(time.perf_counter() - start)
@@ -84,18 +87,8 @@ def time_passes(
     Raises:
         ConfigError: There is no such stopwatch, or it does not return seconds.
     """
-    stopwatch = stopwatch_named(recipe.measure)
-    images = network.example(recipe.images)
-    keep = _draw(plan.table, round_to)
-    cutter = Cutter(plan, network.module)
-    turns: list[list[float]] = []
-    with _threads(recipe.threads):
-        start = time.perf_counter()
-        while len(turns) < _MOST_TURNS:
-            turns.append([_seconds(stopwatch, cutter, row, images) for row in keep])
-            if time.perf_counter() - start > _SECONDS * len(turns) / (len(turns) + 1):
-                break
-    seconds = np.median(np.array(turns), axis=0)
+    keep = draw_widths(plan.table, _POLICIES, 0, round_to)
+    seconds = seconds_of(network, plan, recipe, keep)
     timed = np.isfinite(seconds)
     if not timed[0] or timed.sum() < _LEAST:
         raise ConfigError(
@@ -106,11 +99,54 @@ def time_passes(
     return fit_latency(axes, layers, plan.table.channels.tolist(), keep[timed], seconds[timed])
 
 
-def _draw(table: GroupTable, round_to: int) -> IntArray:
-    """`(n, n_groups)` kept channels: dense, and random ones about random levels."""
-    rng = np.random.default_rng(0)
-    levels = rng.uniform(0.1, 1.0, size=(_POLICIES, 1))
-    shares = levels + rng.uniform(-0.3, 0.3, size=(_POLICIES, len(table.groups)))
+def seconds_of(
+    network: Network, plan: CuttingPlan, recipe: LatencyRecipe, keep: IntArray
+) -> FloatArray:
+    """`(n,)` seconds of `(n, n_groups)` kept channels; infinite where a network cannot be run.
+
+    A shared machine is now fast and now slow, by half as much again. So each policy is timed beside
+    a reference that keeps half of all channels; the median of their ratios counts.
+
+    Raises:
+        ConfigError: There is no such stopwatch, it does not return seconds, or the reference cannot
+            be run.
+    """
+    stopwatch = stopwatch_named(recipe.measure)
+    images = network.example(recipe.images)
+    cutter, reference = Cutter(plan, network.module), Cutter(plan, network.module)
+    half = -(-plan.table.channels // 2)
+    ratios: list[list[float]] = []
+    beside: list[float] = []
+    with _threads(recipe.threads):
+        start = time.perf_counter()
+        while len(ratios) < _LEAST_TURNS or (
+            len(ratios) < _MOST_TURNS and time.perf_counter() - start < _SECONDS
+        ):
+            turn = []
+            for row in keep:
+                beside.append(_seconds(stopwatch, reference, half, images))
+                turn.append(_seconds(stopwatch, cutter, row, images) / beside[-1])
+            ratios.append(turn)
+    if not math.isfinite(min(beside)):
+        raise ConfigError(
+            "latency: with half of all channels the network cannot be run; leave latency out of "
+            "search and space"
+        )
+    return np.asarray(np.median(ratios, axis=0) * min(beside))
+
+
+def draw_widths(table: GroupTable, n: int, seed: int, round_to: int = 1) -> IntArray:
+    """`(n, n_groups)` kept channels: dense, then random ones about random levels.
+
+    Args:
+        table: Knows the groups.
+        n: How many policies.
+        seed: Of what is random.
+        round_to: Widths are multiples of this, or all channels.
+    """
+    rng = np.random.default_rng(seed)
+    levels = rng.uniform(0.1, 1.0, size=(n, 1))
+    shares = levels + rng.uniform(-0.3, 0.3, size=(n, len(table.groups)))
     wanted = np.ceil(table.channels * shares.clip(0.05, 1.0) / round_to) * round_to
     keep = np.minimum(wanted.astype(np.int64), table.channels)
     keep[0] = table.channels
@@ -122,8 +158,11 @@ def _seconds(stopwatch: Stopwatch, cutter: Cutter, keep: IntArray, images: Tenso
     table = cutter.plan.table
     place = np.arange(len(table.group_of)) - table.offsets[table.group_of]
     kept = np.append(place < keep[table.group_of], True)
+    module = cutter.cut(kept).eval()
+    if stopwatch is not eager_seconds:
+        module = copy.deepcopy(module)  # a user may move it to another device
     try:
-        found = float(stopwatch(cutter.cut(kept).eval(), images))
+        found = float(stopwatch(module, images))
     except Exception as exc:
         if stopwatch is not eager_seconds:
             raise ConfigError(f"latency.measure failed with {exc!r}") from exc

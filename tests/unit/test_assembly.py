@@ -249,6 +249,19 @@ def test_a_wrong_stopwatch_is_refused_by_its_field(measure: str, sentence: str) 
         assemble(recipe(latency={"measure": measure}, search=search))
 
 
+def moody(module: nn.Module, images: torch.Tensor) -> float:
+    generator = np.random.default_rng(module.conv.out_channels)
+    return seconds_by_weights(module, images) * float(generator.uniform(0.5, 1.5))
+
+
+def test_a_latency_that_is_badly_foreseen_is_told() -> None:
+    (said,) = (text for text in assemble(timed("moody")).doubts() if "latency" in text)
+    assert "if the machine was busy while passes were timed" in said
+    assert not [
+        text for text in assemble(timed("seconds_by_weights")).doubts() if "latency" in text
+    ]
+
+
 recipe_text = "no function"
 
 

@@ -1,0 +1,222 @@
+"""How well is the time of a cut network foreseen, and what is that worth to a search?
+
+Networks of random widths are cut and timed in turns. A model is fitted to 64 of them, as
+`evosearch launch` does where a latency is a goal, and a line over MACs to the same ones. Of the
+others, which no fit has seen: mean and largest relative error of both, Kendall's tau with the
+measured order, and how long the one with about half of the MACs takes.
+
+With `--search IMAGES`, the published ResNet-20 is searched by distortion and latency, with so many
+images per pass, and by distortion and MACs. The fronts of a seed are timed in turns, together with
+uniform ratios: hypervolume of distortion and measured time, reference (1, 1).
+
+    python benchmarks/latency.py [--networks resnet20:1 resnet20:64 ...] [--timed 40] [--round-to 8]
+    python benchmarks/latency.py --networks --search 64 [--seeds 3] [--evaluations 120]
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from at_budget import RECONSTRUCTED, SURROGATE, Setting, Silent, mean_and_range, setting
+from common import parser, show, write
+from scipy.stats import kendalltau
+
+from evosearch.latency import fit_latency
+from evosearch.materials import network_spec
+from evosearch.measurement import Status
+from evosearch.networks import NetworkSpec, load_network
+from evosearch.pareto import hypervolume
+from evosearch.policy import Policy
+from evosearch.pruning.groups import trace
+from evosearch.recipe import LatencyRecipe, load_recipe
+from evosearch.run import launch
+from evosearch.scoring.timing import draw_widths, seconds_of
+
+FITTED = 64
+UNIFORM = 32
+LIMITS = (0.9, 0.8, 0.7)
+NETWORKS = (
+    "resnet20:1",
+    "resnet20:64",
+    "resnet56:1",
+    "vgg16:1",
+    "torchvision:resnet18:1",
+    "torchvision:mobilenet_v2:1",
+)
+
+
+def compared(name: str, images: int, options: Any) -> dict[str, Any]:
+    """One row."""
+    network = load_network(NetworkSpec(name=name))
+    plan = trace(network)
+    table = plan.table
+    keep = draw_widths(table, FITTED + options.timed, 0, options.round_to)
+    start = time.perf_counter()
+    seconds = seconds_of(network, plan, LatencyRecipe(images=images), keep)
+    spent = time.perf_counter() - start
+    shares = table.shares(keep)["macs"]
+    fitted, other = slice(FITTED), slice(FITTED, None)
+    axes, layers = table.shapes()
+    model = fit_latency(axes, layers, table.channels.tolist(), keep[fitted], seconds[fitted])
+    line = np.polyfit(shares[fitted], seconds[fitted], 1, w=1 / seconds[fitted])
+    guesses = {
+        "model": model.seconds(keep[other]),
+        "line over MACs": np.polyval(line, shares[other]),
+    }
+    macs, found = shares[other], seconds[other]
+    errors = {key: np.abs(guess / found - 1) for key, guess in guesses.items()}
+    half = int(np.abs(macs - 0.5).argmin())
+    return {
+        "network": name,
+        "images": images,
+        "dense_ms": 1e3 * float(seconds[0]),
+        "timing_seconds": spent,
+        "out_of_fold": model.error,
+        "mean_error": {key: float(error.mean()) for key, error in errors.items()},
+        "largest_error": {key: float(error.max()) for key, error in errors.items()},
+        "tau": {key: float(kendalltau(guess, found).statistic) for key, guess in guesses.items()},
+        "half": {"macs": float(macs[half]), "time": float(found[half] / seconds[0])},
+        "others": [
+            {"macs": float(m), "seconds": float(s), "foreseen": float(f)}
+            for m, s, f in zip(macs, found, guesses["model"], strict=True)
+        ],
+    }
+
+
+COSTS = ("macs", "latency")
+
+
+def searched(where: Setting, seed: int, options: Any) -> list[dict[str, Any]]:
+    """Fronts of all searches of a seed, timed in the same turns."""
+    fronts: dict[str, dict[Policy, float]] = {}
+    for cost in COSTS:
+        recipe = load_recipe(
+            str(where.recipe),
+            (),
+            {
+                **where.common,
+                **RECONSTRUCTED,
+                **SURROGATE,
+                "search.objectives": ["distortion", cost],
+                "space.round_to": options.round_to,
+                "latency.images": options.search,
+                "search.seed": seed,
+                "search.evaluations": options.evaluations,
+                "search.baseline": UNIFORM,
+            },
+        )
+        folder = where.recipe.parent / f"{seed}-{len(fronts)}"
+        results = launch(recipe, folder, Silent()).results
+        print(f"seed {seed}, distortion and {cost}: searched", flush=True)
+        fronts[f"distortion and {cost}"] = {
+            row.policy: row.values["distortion"] for row in results.front
+        }
+        ladder = (row for row in results.baseline if row.status is Status.OK)
+        fronts.setdefault(
+            "uniform ratios", {row.policy: row.values["distortion"] for row in ladder}
+        )
+    network = load_network(network_spec(recipe.network))
+    plan = trace(network)
+    found = [policy for front in fronts.values() for policy in front]
+    policies = list(dict.fromkeys([plan.table.dense, *found]))
+    keep = np.array([policy.keep for policy in policies])
+    seconds = seconds_of(network, plan, LatencyRecipe(images=options.search), keep)
+    shares = dict(zip(policies, seconds / seconds[0], strict=True))
+    return [
+        {
+            "seed": seed,
+            "search": name,
+            "hypervolume": hypervolume(
+                np.array([(distortion, shares[policy]) for policy, distortion in front.items()]),
+                np.ones(2),
+            ),
+            "front": sorted((float(shares[policy]), value) for policy, value in front.items()),
+        }
+        for name, front in fronts.items()
+    ]
+
+
+def search(options: Any) -> list[dict[str, Any]]:
+    """Searches, and shows what they found."""
+    rows: list[dict[str, Any]] = []
+    with setting(options.data, "resnet20", options.workers) as where:
+        for seed in range(options.seeds):
+            rows += searched(where, seed, options)
+    table = []
+    for name in dict.fromkeys(row["search"] for row in rows):
+        mine = [row for row in rows if row["search"] == name]
+        best = [
+            mean_and_range(
+                [min(d for share, d in row["front"] if share <= limit) for row in mine], 3
+            )
+            for limit in LIMITS
+        ]
+        table.append([name, mean_and_range([row["hypervolume"] for row in mine], 4), *best])
+    show(
+        f"ResNet-20, {options.search} images per pass, {options.evaluations} policies, "
+        f"{options.seeds} seeds: distortion beside measured time",
+        ["searched by", "hypervolume", *(f"{limit:.0%} of the time" for limit in LIMITS)],
+        table,
+    )
+    return rows
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--networks", nargs="*", default=NETWORKS, help="name:images at a time")
+    made.add_argument("--timed", type=int, default=40, help="networks that no fit has seen")
+    made.add_argument("--round-to", type=int, default=1, help="widths are multiples of this")
+    made.add_argument("--search", type=int, default=0, help="images per pass; none if left out")
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--evaluations", type=int, default=120)
+    made.add_argument("--workers", type=int, default=2)
+    options = made.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for given in options.networks:
+        name, _, images = given.rpartition(":")
+        rows.append(compared(name, int(images), options))
+        print(f"{given}: {rows[-1]['timing_seconds']:.0f} s", flush=True)
+    if rows:
+        report(rows, options.timed)
+    searches = search(options) if options.search else []
+    write(
+        "latency",
+        options.json,
+        {
+            "round_to": options.round_to,
+            "rows": rows,
+            "images_per_pass": options.search,
+            "evaluations": options.evaluations,
+            "searches": searches,
+        },
+    )
+
+
+def report(rows: list[dict[str, Any]], timed: int) -> None:
+    """A table of how well times are foreseen."""
+    columns = ("network", "images", "dense ms", "error", "largest", "line over MACs", "largest")
+    show(
+        f"Seconds of {timed} networks that were not fitted, one thread",
+        (*columns, "tau", "tau of MACs", "half of the MACs"),
+        [
+            [
+                row["network"].removeprefix("torchvision:"),
+                row["images"],
+                row["dense_ms"],
+                *(
+                    f"{row[part][key]:.1%}"
+                    for key in row["tau"]
+                    for part in ("mean_error", "largest_error")
+                ),
+                *row["tau"].values(),
+                f"{row['half']['macs']:.0%}: {row['half']['time']:.0%}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
