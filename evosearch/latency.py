@@ -94,12 +94,16 @@ class LatencyModel(_Part):
         )
 
     def shares(self, keep: IntArray) -> FloatArray:
-        """`seconds` as shares of the dense network's, which are foreseen likewise."""
-        return np.asarray(np.round(self.seconds(keep) / self._dense, _DIGITS))
+        """`seconds` as shares of the dense network's, at most 1.
+
+        Dense networks have widths that suit the kernels, and may be faster than is foreseen: then
+        shares are of what was measured, for a cut not to promise what it cannot hold.
+        """
+        return np.asarray(np.minimum(np.round(self.seconds(keep) / self._dense, _DIGITS), 1.0))
 
     @cached_property
     def _dense(self) -> float:
-        return float(self.seconds(np.array([self.channels]))[0])
+        return min(float(self.seconds(np.array([self.channels]))[0]), self.dense_seconds)
 
     @cached_property
     def _columns(self) -> tuple[IntArray, IntArray, FloatArray]:

@@ -15,7 +15,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from evosearch.assembly import Assembled, algorithm_of, assemble, pool_settings
+from evosearch.assembly import (
+    Assembled,
+    algorithm_of,
+    assemble,
+    goals_of,
+    pool_settings,
+    wants_latency,
+)
 from evosearch.checking import check_front
 from evosearch.errors import BudgetUnreachable, ConfigError, ConfigMismatch, RunExists
 from evosearch.facts import RunFacts, check_same, read_facts
@@ -138,7 +145,8 @@ def launch(
         EvosearchError: The recipe cannot be carried out.
     """
     _check_free(directory)
-    observer.phase(f"preparing {recipe.network.name}")
+    timing = ", timing networks of many widths" if wants_latency(recipe, goals_of(recipe)) else ""
+    observer.phase(f"preparing {recipe.network.name}{timing}")
     assembled = assemble(recipe)
     _announce(assembled, observer)
     seeds = _seeds(seed_from, assembled) if seed_from else []

@@ -54,6 +54,19 @@ def test_noise_is_told() -> None:
     assert 0.05 < refitted(table, keep, seconds_of(table, keep) * noise).error < 0.15
 
 
+def test_a_dense_network_that_is_faster_than_foreseen_lends_no_share_to_others() -> None:
+    table = chain_table()
+    keep = random_widths(table)
+    seconds = seconds_of(table, keep)
+    half = table.channels[None] // 2
+    plain = refitted(table, keep, seconds)
+    seconds[0] *= 0.9
+    model = refitted(table, keep, seconds)
+    assert model.shares(table.channels[None])[0] == 1
+    found = model.shares(half)[0] * model.dense_seconds
+    assert found == pytest.approx(plain.shares(half)[0] * plain.dense_seconds, rel=0.05)
+
+
 def test_time_that_no_width_changes_is_a_constant() -> None:
     table = chain_table()
     keep = random_widths(table)
