@@ -24,6 +24,7 @@ from evosearch.data import (
 from evosearch.errors import ConfigError
 from evosearch.latency import LatencyModel
 from evosearch.materials import ImageSets, network_and_images
+from evosearch.networks import Network
 from evosearch.policy import Policy
 from evosearch.pruning.blending import cluster_groups
 from evosearch.pruning.criteria import applicable_criteria, criterion_named
@@ -216,11 +217,8 @@ def assemble(
     run = recipe.run
     check_devices(run.workers, run.gpus_per_worker, run.ray_address)
     network, image_sets = network_and_images(recipe)
-    plan = trace(network)
+    plan = _timed(trace(network), network, recipe, latency)
     options = {key: value for key, value in recipe.space.items() if key != "name"}
-    if latency is None and wants_latency(recipe, goals):
-        latency = time_passes(network, plan, recipe.latency, rounding(options))
-    plan = replace(plan, table=replace(plan.table, latency=latency))
     wish = criteria_wish(recipe.space["name"], options)
     if wish is not None and not wish.names:
         named = tuple(criteria) or applicable_criteria(network.module, plan)[0]
@@ -267,6 +265,15 @@ def assemble(
         check=image_sets.check,
         criteria=facts,
     )
+
+
+def _timed(
+    plan: CuttingPlan, network: Network, recipe: Recipe, latency: LatencyModel | None
+) -> CuttingPlan:
+    """The plan with what foretells latency: what is known, or what is timed now if it is wanted."""
+    if latency is None and wants_latency(recipe, goals_of(recipe)):
+        latency = time_passes(network, plan, recipe.latency, rounding(recipe.space))
+    return replace(plan, table=replace(plan.table, latency=latency))
 
 
 def wants_latency(recipe: Recipe, goals: Goals) -> bool:
