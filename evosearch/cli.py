@@ -6,7 +6,7 @@ stderr. Exit codes: 0 done, 2 bad input, 1 the environment failed, 130 interrupt
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from evosearch.fidelity.study import Finished as Fidelity
     from evosearch.measurement import Measurement
     from evosearch.run import Finished
-    from evosearch.training import EpochLog
 
 INTERRUPTED = 130
 
@@ -35,6 +34,8 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: search.population=48"),
 ]
 Workers = Annotated[int | None, typer.Option(min=0, help="Scorers on Ray; 0: in this process")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: a GPU if there is one")]
 Evaluations = Annotated[int | None, typer.Option(min=1, help="Distinct policies to measure")]
 
 
@@ -71,6 +72,14 @@ def _recipe(
     return load_recipe(
         name, settings or (), {k.replace("__", "."): v for k, v in overrides.items()}
     )
+
+
+def _changes(settings: list[str] | None) -> dict[str, Any]:
+    """Dotted keys of a recipe to values."""
+    from evosearch.recipe import parse_setting
+
+    parsed = (parse_setting(setting) for setting in settings or ())
+    return {".".join(keys): value for keys, value in parsed}
 
 
 def _conclude(finished: "Finished") -> None:
@@ -200,7 +209,6 @@ def export(
     Example: evosearch export runs/quickstart front.csv
     """
     from evosearch.exporting import export_file
-    from evosearch.recipe import parse_setting
     from evosearch.results.preparation import Preparation
 
     chosen = [
@@ -214,9 +222,7 @@ def export(
     ]
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} exclude each other")
-    parsed = (parse_setting(setting) for setting in settings or ())
-    changes = {".".join(keys): value for keys, value in parsed}
-    preparation = Preparation(calibration=calibration, settings=changes)
+    preparation = Preparation(calibration=calibration, settings=_changes(settings))
     said = export_file(run, file, everything, generation, policy, preparation, typer.echo)
     typer.echo(said)
 
@@ -351,7 +357,8 @@ def train(
     weight_decay: Annotated[float, typer.Option(min=0, help="L2 penalty")] = 5e-4,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order and crops")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
+    threads: Threads = 1,
+    device: Device = "auto",
     data_root: Annotated[Path, typer.Option(help="Folder of the data set")] = Path("data"),
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set")] = False,
     test_data: Annotated[Path | None, typer.Option(help="Test images of an .npz")] = None,
@@ -390,22 +397,82 @@ def train(
                 threads=threads,
             ),
             out,
-            test=not (data.endswith(".npz") and test_data is None),
-            report=_report_epoch,
+            device=device,
+            report=_stderr,
         )
     except KeyboardInterrupt:
-        typer.echo("interrupted; the same command continues after the last whole epoch", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        _end_training()
     test = "" if trained.test_top1 is None else f", test {trained.test_top1:.2%}"
     typer.echo(f"{trained.weights}: held out {trained.held_out_top1:.2%}{test}; log {trained.log}")
 
 
-def _report_epoch(line: "EpochLog") -> None:
-    typer.echo(
-        f"epoch {line.epoch:3d}  loss {line.train_loss:.4f}  train {line.train_top1:.2%}  "
-        f"held out {line.held_out_top1:.2%}  {line.seconds:.0f} s",
-        err=True,
+def _end_training() -> NoReturn:
+    typer.echo("interrupted; the same command continues after the last whole epoch", err=True)
+    raise typer.Exit(INTERRUPTED) from None
+
+
+def _stderr(line: object) -> None:
+    typer.echo(str(line), err=True)
+
+
+@app.command()
+def finetune(
+    run: RunPath,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where it goes (.safetensors)")],
+    policy: Annotated[
+        str | None, typer.Option(help="First digits of the network [the front's, if it has one]")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images")] = 20,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images per step")] = 128,
+    lr: Annotated[float, typer.Option(help="Peak learning rate; one cosine to zero")] = 0.01,
+    weight_decay: Annotated[float, typer.Option(min=0, help="L2 penalty")] = 5e-4,
+    distillation: Annotated[
+        float, typer.Option(help="Share of the loss that follows the dense network; 1: no labels")
+    ] = 0.9,
+    temperature: Annotated[float, typer.Option(help="Of both outputs in that part")] = 4.0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Prepare the start: proxy.criterion=l1"),
+    ] = None,
+    as_searched: Annotated[
+        bool, typer.Option("--as-searched", help="Start from what the search measured")
+    ] = False,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or auto")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of order and crops")] = 0,
+    threads: Threads = 1,
+    device: Device = "auto",
+) -> None:
+    """Train a network of a run, guided by the dense one; run again after a kill, it continues.
+
+    Example: evosearch finetune runs/quickstart small.safetensors --policy 5bf75d96 --epochs 40
+    """
+    from evosearch.finetuning import FineTuning, fine_tune
+    from evosearch.results.preparation import Preparation
+
+    if as_searched and settings:
+        raise ConfigError("--as-searched and --set exclude each other")
+    start = Preparation(settings=_changes(settings)) if as_searched or settings else None
+    wanted = FineTuning(
+        start=start,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        distillation=distillation,
+        temperature=temperature,
+        precision=precision,
+        seed=seed,
+        threads=threads,
+        device=device,
     )
+    try:
+        done = fine_tune(run, file, policy, wanted, _stderr)
+    except KeyboardInterrupt:
+        _end_training()
+    parts = ", ".join(
+        f"{part} {after:.2%} (dense {done.dense[part]:.2%})" for part, after in done.after.items()
+    )
+    typer.echo(f"{done.weights}: {done.network}, {parts}; log {done.log}")
 
 
 @app.command("list")

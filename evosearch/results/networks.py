@@ -11,6 +11,7 @@ from evosearch.facts import check_same, read_facts
 from evosearch.files import make_parent
 from evosearch.ledger import Ledger
 from evosearch.measurement import METRICS, Status
+from evosearch.networks import Network
 from evosearch.recipe import RunRecipe, change_recipe
 from evosearch.results.export import Records, export, front_records
 from evosearch.results.front import Results, Row, read_results
@@ -19,7 +20,7 @@ from evosearch.results.preparation import AS_SEARCHED, Preparation
 from evosearch.scoring.scorer import Scorer, out_of_memory
 from evosearch.scoring.workload import Workload
 
-__all__ = ["INDEX", "export_front", "export_network"]
+__all__ = ["INDEX", "NetworkWriter", "chosen_row", "export_front", "export_network"]
 
 # What decides which channels go first.
 _ORDERING = ("criterion", "coupling", "labels")
@@ -28,12 +29,27 @@ INDEX = "networks.csv"
 """The table beside the networks of a front."""
 
 
-def _chosen(rows: tuple[Row, ...], digits: str | None, run: Path) -> Row:
+def chosen_row(results: Results, digits: str | None, run: Path) -> Row:
+    """The measured policy that is meant.
+
+    Args:
+        results: Of the run.
+        digits: The first digits of its digest; None for the one network of a front of one.
+        run: Directory of the run, for messages.
+
+    Raises:
+        ConfigError: No such policy, or several; or it was not measured to the end.
+    """
     if not digits:
+        if len(results.front) == 1:
+            return results.front[0]
         raise ConfigError(
             f"name the network with --policy; `evosearch export {run} front.csv` lists them"
         )
-    found = [row for row in rows if row.policy.digest.startswith(digits)]
+    # What the search dropped early, the ladder may have measured in full: the later entry wins.
+    rows = sorted((*results.baseline, *results.rows), key=lambda row: row.status is Status.OK)
+    distinct = {row.policy: row for row in rows}.values()
+    found = [row for row in distinct if row.policy.digest.startswith(digits)]
     if len(found) != 1:
         raise ConfigError(
             f"--policy {digits}: {len(found) or 'no'} measured policies of {run} start like that"
@@ -80,8 +96,13 @@ def _workload(assembled: Assembled, preparation: Preparation) -> Workload:
     return replace(found, places=known.places, blends=known.blends)
 
 
-class _Writer:
+class NetworkWriter:
     """Prepares and writes one network after another of a run.
+
+    Args:
+        run: Directory of the run.
+        ledger: Its ledger.
+        preparation: If not that of the search.
 
     Raises:
         ConfigError: They cannot be prepared like that.
@@ -96,18 +117,24 @@ class _Writer:
         check_same(recorded, assembled.facts(), run)
         self._groups = recorded.groups
         self._preparation = preparation
-        self._workload = _workload(assembled, preparation)
-        self._scorer = Scorer(self._workload)
-
-    @property
-    def network(self) -> str:
-        """Name of the dense network."""
-        return self._workload.spec.name
+        workload = _workload(assembled, preparation)
+        self.recipe = recorded.recipe
+        self.dense = workload.network()
+        self._scorer = Scorer(workload)
 
     @property
     def prepared(self) -> str:
         """How networks are prepared, in words."""
         return str(self._preparation) or "as in the search"
+
+    def described(self, row: Row) -> str:
+        """A network of that policy, in words: what was cut, and what is left of its costs."""
+        latency = row.values.get("latency")
+        time = "" if latency is None else f"{latency:.1%} of the time, "
+        return (
+            f"{self.dense.spec.name} with {time}{row.values['macs']:.1%} of the MACs and "
+            f"{row.values['params']:.1%} of the parameters"
+        )
 
     def check(self, row: Row) -> None:
         """Raises if a policy cannot be prepared like that."""
@@ -117,34 +144,42 @@ class _Writer:
                 "its channels go; leave it out"
             )
 
-    def write(self, row: Row, file: Path) -> Mapping[str, float]:
-        """Writes the network of a measured policy; returns its metrics on the validation images.
+    def prepare(self, row: Row) -> tuple[Network, Mapping[str, float]]:
+        """The network of a measured policy, and its metrics on the validation images.
 
-        They are measured again if it is prepared in another way than it was in the search.
+        It is valid until the next call. It is measured again if it is prepared in another way than
+        it was in the search.
+
+        Raises:
+            ConfigError: It cannot be prepared like that.
         """
         self.check(row)
-        metrics: Mapping[str, float]
         if not self._preparation:
             module = self._scorer.network_of(row.policy)
-            metrics = {name: row.values[name] for name in METRICS}
-        else:
-            measured = self._scorer.score(row.policy)
-            if not measured.ok:
-                less = "; name fewer images" if measured.status is Status.OUT_OF_MEMORY else ""
-                raise ConfigError(
-                    f"{self._preparation}: {row.policy.digest}: {measured.reason}{less}"
-                )
-            module, metrics = self._scorer.network, measured.metrics
+            return replace(self.dense, module=module), {name: row.values[name] for name in METRICS}
+        measured = self._scorer.score(row.policy)
+        if not measured.ok:
+            less = "; name fewer images" if measured.status is Status.OUT_OF_MEMORY else ""
+            raise ConfigError(f"{self._preparation}: {row.policy.digest}: {measured.reason}{less}")
+        return replace(self.dense, module=self._scorer.network), measured.metrics
+
+    def save(self, row: Row, network: Network, file: Path, facts: Mapping[str, Any]) -> None:
+        """Writes a network of that policy, with facts for people beside what loading needs."""
         costs: dict[str, Any] = {"macs": row.macs, "params": row.params}
         save_pruned(
             file,
-            module,
-            self._workload.spec,
-            self._workload.input,
+            network.module,
+            network.spec,
+            network.input,
             self._groups,
             row.policy,
-            {**costs, "validation_error": metrics["error"], "prepared": self.prepared},
+            {**costs, "prepared": self.prepared, **facts},
         )
+
+    def write(self, row: Row, file: Path) -> Mapping[str, float]:
+        """Prepares and writes a network; returns its metrics, as `prepare` does."""
+        network, metrics = self.prepare(row)
+        self.save(row, network, file, {"validation_error": metrics["error"]})
         return metrics
 
 
@@ -156,7 +191,7 @@ def export_network(
     Args:
         run: Directory of the run.
         file: Ends with `.safetensors`.
-        digits: The first digits of the policy's digest.
+        digits: The first digits of the policy's digest; None for a front of one.
         preparation: If not that of the search.
 
     Returns:
@@ -168,19 +203,12 @@ def export_network(
     """
     with Ledger.open(run) as ledger:
         results = read_results(ledger)
-        # What the search dropped early, the ladder may have measured in full: the later entry wins.
-        rows = sorted((*results.baseline, *results.rows), key=lambda row: row.status is Status.OK)
-        row = _chosen(tuple({row.policy: row for row in rows}.values()), digits, run)
-        writer = _Writer(run, ledger, preparation)
+        row = chosen_row(results, digits, run)
+        writer = NetworkWriter(run, ledger, preparation)
     found = 1 - writer.write(row, file)["error"]
     searched = 1 - row.values["error"]
     note = f" ({searched:.2%} as it was measured in the search)" if preparation else ""
-    latency = row.values.get("latency")
-    time = "" if latency is None else f"{latency:.1%} of the time, "
-    return (
-        f"{file}: {writer.network} with {time}{row.values['macs']:.1%} of the MACs and "
-        f"{row.values['params']:.1%} of the parameters, validation top-1 {found:.2%}{note}"
-    )
+    return f"{file}: {writer.described(row)}, validation top-1 {found:.2%}{note}"
 
 
 def export_front(
@@ -214,7 +242,7 @@ def export_front(
         results = read_results(ledger)
         if not results.front:
             raise ConfigError(f"{run} has no front yet: no policy was measured to the end")
-        writer = _Writer(run, ledger, preparation)
+        writer = NetworkWriter(run, ledger, preparation)
     for row in results.front:
         writer.check(row)
     make_parent(folder / INDEX)

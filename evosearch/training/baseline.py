@@ -1,4 +1,4 @@
-"""Trains a dense baseline: plain, seeded, resumable, with a log.
+"""Trains a network, dense or cut: plain, seeded, resumable, with a log.
 
 Every random choice of an epoch follows from (seed, epoch), so a run that was stopped and started
 again sees the same batches. The weights of the last epoch are kept: no epoch is chosen by looking
@@ -8,8 +8,8 @@ at held-out or test images.
 import csv
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ from evosearch.errors import BackendError, ConfigError
 from evosearch.networks import Network
 
 __all__ = [
+    "Checkpoint",
     "EpochLog",
     "TrainSettings",
     "make_optimiser",
     "top1",
     "train",
     "train_epoch",
+    "trainable",
     "write_log",
 ]
 
@@ -46,6 +48,9 @@ class TrainSettings:
         warmup_epochs: Length of the warm-up.
         weight_decay: L2 penalty on every parameter, batch norm included.
         label_smoothing: Share of the target spread over all classes.
+        distillation: Share of the loss that follows a teacher's outputs rather than the labels;
+            with 1 labels are not looked at.
+        temperature: Divides both outputs where they are compared (Hinton, Vinyals and Dean, 2015).
         crop_padding: Zero padding before the random crop; 0 turns cropping off.
         flip: Mirror half of the images.
         precision: `float32`, or `bfloat16` (autocast; weights stay float32).
@@ -59,6 +64,8 @@ class TrainSettings:
     warmup_epochs: float = 2.0
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
+    distillation: float = 0.0
+    temperature: float = 4.0
     crop_padding: int = 4
     flip: bool = True
     precision: str = "float32"
@@ -72,6 +79,10 @@ class TrainSettings:
             raise ConfigError(f"--lr must be above 0 and finite, got {self.lr:g}")
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"--weight-decay must be at least 0, got {self.weight_decay:g}")
+        if not 0 <= self.distillation <= 1:
+            raise ConfigError(f"--distillation must lie in 0 to 1, got {self.distillation:g}")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"--temperature must be above 0 and finite, got {self.temperature:g}")
         if self.precision not in ("float32", "bfloat16"):
             raise ConfigError(f"precision is float32 or bfloat16, got {self.precision!r}")
 
@@ -86,6 +97,12 @@ class EpochLog:
     train_top1: float
     held_out_top1: float
     seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"epoch {self.epoch:3d}  loss {self.train_loss:.4f}  train {self.train_top1:.2%}  "
+            f"held out {self.held_out_top1:.2%}  {self.seconds:.0f} s"
+        )
 
 
 def _batches(
@@ -121,34 +138,60 @@ def top1(network: Network, images: Images, batch_size: int = 500) -> float:
     return hits / len(images)
 
 
-class _Checkpoint:
-    """The state between two epochs, in one file beside the result."""
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The state between two epochs, in one file beside the result.
 
-    def __init__(self, path: Path, settings: TrainSettings) -> None:
-        self.path = path
-        self.settings = asdict(settings)
+    Args:
+        path: Written after every epoch.
+        about: What is trained, beside the settings: a checkpoint of something else is refused.
+    """
 
-    def load(self, module: nn.Module, optimiser: torch.optim.Optimizer) -> list[EpochLog]:
+    path: Path
+    about: Mapping[str, str] = field(default_factory=dict)
+
+    def _identity(self, settings: TrainSettings) -> dict[str, Any]:
+        return {**asdict(settings), **self.about}
+
+    def load(
+        self, settings: TrainSettings, module: nn.Module, optimiser: torch.optim.Optimizer
+    ) -> list[EpochLog]:
+        """Puts network and optimiser into the state of the file; returns its log.
+
+        Raises:
+            ConfigError: It was made with other settings, or of something else.
+        """
         if not self.path.exists():
             return []
         state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        # What an earlier version did not know is what it did without.
+        before = {**asdict(TrainSettings()), **state["settings"]}
         # The number of threads changes speed and rounding, not what is trained.
-        for key in (k for k in self.settings if k != "threads"):
-            if state["settings"].get(key) != self.settings[key]:
+        for key, now in self._identity(settings).items():
+            if key != "threads" and before.get(key) != now:
                 raise ConfigError(
-                    f"{self.path} was trained with {key} = {state['settings'].get(key)}, now it is "
-                    f"{self.settings[key]}; remove the file to start over"
+                    f"{self.path} was trained with {key} = {before.get(key)}, now it is {now}; "
+                    "remove the file to start over"
                 )
         module.load_state_dict(state["module"])
         optimiser.load_state_dict(state["optimiser"])
         return [EpochLog(**line) for line in state["log"]]
 
     def save(
-        self, module: nn.Module, optimiser: torch.optim.Optimizer, log: list[EpochLog]
+        self,
+        settings: TrainSettings,
+        module: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        log: list[EpochLog],
     ) -> None:
+        """Writes the file.
+
+        Raises:
+            BackendError: It cannot be written.
+        """
         scratch = self.path.with_name(f"{self.path.name}.tmp")
         state = {
-            "settings": self.settings,
+            "settings": self._identity(settings),
             "module": module.state_dict(),
             "optimiser": optimiser.state_dict(),
             "log": [asdict(line) for line in log],
@@ -158,6 +201,14 @@ class _Checkpoint:
         except (OSError, RuntimeError) as exc:
             raise BackendError(f"cannot write {scratch}: {exc}") from exc
         scratch.replace(self.path)
+
+
+def trainable(module: nn.Module) -> nn.Module:
+    """The same network with trainable float32 parameters, in the memory order that suits it."""
+    module = module.float().to(memory_format=torch.channels_last)
+    for parameter in module.parameters():
+        parameter.requires_grad_()
+    return module
 
 
 def make_optimiser(module: nn.Module, settings: TrainSettings) -> torch.optim.SGD:
@@ -171,12 +222,32 @@ def make_optimiser(module: nn.Module, settings: TrainSettings) -> torch.optim.SG
     )
 
 
+def _loss(logits: Tensor, labels: Tensor, wanted: Tensor | None, settings: TrainSettings) -> Tensor:
+    """Cross-entropy and, where a teacher's logits are given, its share of divergence from them.
+
+    The divergence is taken times the squared temperature, so that its gradients are of one size
+    whatever the temperature.
+    """
+    share = settings.distillation if wanted is not None else 0.0
+    loss = logits.new_zeros(())
+    if share < 1:
+        told = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+        loss = told if share == 0 else (1 - share) * told
+    if wanted is not None:
+        heat = settings.temperature
+        found, aim = (F.log_softmax(x / heat, dim=1) for x in (logits, wanted))
+        apart = F.kl_div(found, aim, reduction="batchmean", log_target=True)
+        loss = loss + share * heat**2 * apart
+    return loss
+
+
 def train_epoch(
     network: Network,
     images: Images,
     optimiser: torch.optim.Optimizer,
     settings: TrainSettings,
     epoch: int,
+    teacher: nn.Module | None = None,
 ) -> tuple[float, float]:
     """Trains for one pass over the images, in place.
 
@@ -186,6 +257,8 @@ def train_epoch(
         optimiser: From `make_optimiser`.
         settings: How.
         epoch: Passes before this one.
+        teacher: Whose outputs the loss follows, as far as the settings say; in evaluation mode, on
+            the same device.
 
     Returns:
         Mean loss and top-1 on the augmented images, while training.
@@ -195,7 +268,11 @@ def train_epoch(
     """
     device = next(network.module.parameters()).device
     network.module.train()
-    loss_sum, hits, seen = 0.0, 0, 0
+    guided = teacher is not None and settings.distillation > 0
+    # Sums stay on the device: reading one at each step would have a GPU wait.
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    hits = torch.zeros((), dtype=torch.int64, device=device)
+    seen = 0
     steps = len(images) // settings.batch_size
     for step, (pixels, labels) in enumerate(_batches(images, settings, epoch)):
         for group in optimiser.param_groups:
@@ -205,16 +282,18 @@ def train_epoch(
         optimiser.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
             logits: Tensor = network.module(inputs)
+            with torch.no_grad():
+                wanted = teacher(inputs).float() if guided and teacher is not None else None
         logits = logits.float()
-        loss = F.cross_entropy(logits, target, label_smoothing=settings.label_smoothing)
+        loss = _loss(logits, target, wanted, settings)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-        loss_sum += float(loss.detach()) * len(labels)
-        hits += int((logits.detach().argmax(1) == target).sum())
+        loss_sum += loss.detach().double() * len(labels)
+        hits += (logits.detach().argmax(1) == target).sum()
         seen += len(labels)
     if not math.isfinite(loss_sum):
         raise ConfigError(f"training diverged in epoch {epoch + 1}; lower lr ({settings.lr})")
-    return loss_sum / seen, hits / seen
+    return float(loss_sum) / seen, int(hits) / seen
 
 
 def train(
@@ -223,34 +302,41 @@ def train(
     held_out: Images,
     settings: TrainSettings,
     *,
-    checkpoint: Path | None = None,
+    teacher: nn.Module | None = None,
+    checkpoint: Checkpoint | None = None,
     report: Callable[[EpochLog], object] = id,
 ) -> list[EpochLog]:
-    """Trains a network in place; continues from `checkpoint` if that file exists.
+    """Trains a network in place; continues from the checkpoint if its file exists.
 
     Args:
         network: Its module is trained where it is (CPU or GPU).
         images: To train on.
         held_out: Measured after every epoch, for the log alone.
         settings: How.
-        checkpoint: Written after every epoch.
+        teacher: As in `train_epoch`.
+        checkpoint: Read first, written after every epoch.
         report: Called with each new line of the log.
 
     Returns:
         The log, one line per epoch, including epochs before a restart.
 
     Raises:
-        ConfigError: The checkpoint was made with other settings, or the loss became infinite.
+        ConfigError: The checkpoint was made with other settings, there is less than one batch, or
+            the loss became infinite.
         BackendError: The checkpoint cannot be written.
     """
+    if len(images) < settings.batch_size:
+        raise ConfigError(
+            f"there are {len(images)} training images, less than one batch of "
+            f"{settings.batch_size}; lower --batch-size"
+        )
     torch.set_num_threads(settings.threads)
-    module = network.module.to(memory_format=torch.channels_last)
+    module = trainable(network.module)
     optimiser = make_optimiser(module, settings)
-    keeper = _Checkpoint(checkpoint, settings) if checkpoint else None
-    log = keeper.load(module, optimiser) if keeper else []
+    log = checkpoint.load(settings, module, optimiser) if checkpoint else []
     for epoch in range(len(log), settings.epochs):
         start = time.perf_counter()
-        loss, accuracy = train_epoch(network, images, optimiser, settings, epoch)
+        loss, accuracy = train_epoch(network, images, optimiser, settings, epoch, teacher)
         line = EpochLog(
             epoch=epoch + 1,
             lr=learning_rate(settings, epoch + 1),
@@ -260,8 +346,8 @@ def train(
             seconds=time.perf_counter() - start,
         )
         log.append(line)
-        if keeper:
-            keeper.save(module, optimiser, log)
+        if checkpoint:
+            checkpoint.save(settings, module, optimiser, log)
         report(line)
     module.eval()
     return log

@@ -3,9 +3,10 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,17 @@ from evosearch.data import ImagePool, Images, SourceOptions, open_source
 from evosearch.errors import ConfigError
 from evosearch.files import make_parent, write_atomically
 from evosearch.networks import NetworkSpec, build_module, load_network, save_weights
-from evosearch.training.baseline import EpochLog, TrainSettings, top1, train, write_log
+from evosearch.training.baseline import Checkpoint, EpochLog, TrainSettings, top1, train, write_log
+from evosearch.training.devices import on_device, training_device
 
-__all__ = ["Trained", "train_baseline"]
+__all__ = [
+    "Trained",
+    "check_result",
+    "how_trained",
+    "train_baseline",
+    "whole",
+    "write_records",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +40,39 @@ class Trained:
     test_top1: float | None
 
 
-def _all(pool: ImagePool) -> Images:
+def whole(pool: ImagePool) -> Images:
+    """All images of a pool."""
     return pool.take(np.arange(len(pool.labels)))
+
+
+def check_result(file: Path, named: str) -> None:
+    """Checks that weights can be written there, before anything is trained.
+
+    Raises:
+        ConfigError: The name does not end with `.safetensors`, or the file exists; says `named`.
+    """
+    if file.suffix != ".safetensors":
+        raise ConfigError(f"{named} must end with .safetensors, got {file}")
+    if file.exists():
+        raise ConfigError(f"{named}: {file} exists; remove it or name another file")
+
+
+def how_trained(settings: TrainSettings) -> dict[str, Any]:
+    """What a record says of how something was trained, beside what it was."""
+    return {
+        "settings": asdict(settings),
+        "command": shlex.join(["evosearch", *sys.argv[1:]]),
+        "torch": torch.__version__,
+    }
+
+
+def write_records(file: Path, log: list[EpochLog], facts: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Writes the log as `.log.csv` and facts as `.json` beside the weights `file`; returns both."""
+    log_path, record = file.with_suffix(".log.csv"), file.with_suffix(".json")
+    write_log(log_path, log)
+    text = json.dumps(facts, indent=2) + "\n"
+    write_atomically(record, lambda scratch: scratch.write_text(text))
+    return log_path, record
 
 
 def train_baseline(
@@ -42,26 +82,26 @@ def train_baseline(
     settings: TrainSettings,
     out: Path,
     *,
-    test: bool = True,
+    device: str = "cpu",
     report: Callable[[EpochLog], object] = id,
 ) -> Trained:
     """Trains on a source's training part and writes `out`, `.log.csv` and `.json` beside it.
 
-    The test part is opened once, after the last epoch, if `test` is set.
+    The test part, if there is one, is opened once, after the last epoch.
 
     Raises:
-        ConfigError: `out` does not end with `.safetensors`, or exists already.
+        ConfigError: `out` does not end with `.safetensors`, or exists already; or there is no
+            device of that name.
+        BackendError: There is no such device, or a file cannot be written.
         NetworkError: The network cannot be made.
         DataError: The data cannot be read, or a label has no class.
     """
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"--out must end with .safetensors, got {out}")
-    if out.exists():
-        raise ConfigError(f"--out: {out} exists; remove it or name another file")
+    check_result(out, "--out")
+    device = training_device(device)
     # The network first: images may have to be fetched.
     build_module(spec)
     source = open_source(data, options)
-    images, held_out = _all(source.training()), _all(source.held_out())
+    images, held_out = whole(source.training()), whole(source.held_out())
     if images.labels.max() >= spec.num_classes:
         raise ConfigError(
             f"--num-classes is {spec.num_classes}, but {data} has a label {images.labels.max()}"
@@ -69,15 +109,17 @@ def train_baseline(
     make_parent(out)
     torch.manual_seed(settings.seed)
     height, width, channels = images.pixels.shape[1:]
-    network = load_network(spec, (height, width, channels))
+    network = on_device(load_network(spec, (height, width, channels)), device)
     if images.pixels.shape[1:] != (*network.input.shape[1:], network.input.shape[0]):
         raise ConfigError(
             f"{spec.name} takes images of shape {network.input.shape}, {data} has "
             f"{images.pixels.shape[1:]} (height, width, channels)"
         )
-    checkpoint = out.with_suffix(".checkpoint.pt")
+    checkpoint = Checkpoint(path=out.with_suffix(".checkpoint.pt"))
     log = train(network, images, held_out, settings, checkpoint=checkpoint, report=report)
-    test_top1 = top1(network, _all(source.test())) if test else None
+    # Whose arrays come without test images has none.
+    tested = options.test_path is not None or not data.endswith(".npz")
+    test_top1 = top1(network, whole(source.test())) if tested else None
     facts = {
         "network": spec.name,
         "num_classes": spec.num_classes,
@@ -90,16 +132,11 @@ def train_baseline(
         "held_out_images": len(held_out),
         "held_out_top1": log[-1].held_out_top1,
         "test_top1": test_top1,
-        "settings": asdict(settings),
-        "command": shlex.join(["evosearch", *sys.argv[1:]]),
-        "torch": torch.__version__,
+        **how_trained(settings),
     }
-    record, log_path = out.with_suffix(".json"), out.with_suffix(".log.csv")
-    write_log(log_path, log)
-    text = json.dumps(facts, indent=2) + "\n"
-    write_atomically(record, lambda scratch: scratch.write_text(text))
+    log_path, record = write_records(out, log, facts)
     save_weights(out, network.module, facts)
-    checkpoint.unlink(missing_ok=True)
+    checkpoint.path.unlink(missing_ok=True)
     return Trained(
         weights=out,
         log=log_path,

@@ -7,22 +7,26 @@ choice follows from the seed.
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from evosearch.data import Images
 from evosearch.networks import Network
-from evosearch.training.baseline import TrainSettings, make_optimiser, train_epoch
+from evosearch.training.baseline import TrainSettings, make_optimiser, train_epoch, trainable
 
 __all__ = ["evaluate", "finetune"]
 
 
-def finetune(network: Network, images: Images, settings: TrainSettings) -> float:
+def finetune(
+    network: Network, images: Images, settings: TrainSettings, teacher: nn.Module | None = None
+) -> float:
     """Trains a network in place, and leaves it in evaluation mode.
 
     Args:
         network: Its parameters become trainable float32.
         images: To train on; at least one batch.
         settings: How.
+        teacher: Whose outputs the loss follows, as far as the settings say.
 
     Returns:
         Mean training loss of the last epoch, on augmented images.
@@ -32,14 +36,12 @@ def finetune(network: Network, images: Images, settings: TrainSettings) -> float
     """
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
-    module = network.module.float().to(memory_format=torch.channels_last)
-    for parameter in module.parameters():
-        parameter.requires_grad_()
+    module = trainable(network.module)
     try:
         optimiser = make_optimiser(module, settings)
         loss = np.nan
         for epoch in range(settings.epochs):
-            loss, _ = train_epoch(network, images, optimiser, settings, epoch)
+            loss, _ = train_epoch(network, images, optimiser, settings, epoch, teacher)
     finally:
         torch.set_num_threads(before)
         module.eval()

@@ -135,6 +135,13 @@ def recipe(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
+def run(cli: Cli, recipe: Callable[..., str]) -> Path:
+    """A finished run of the tiny recipe."""
+    cli.here("launch", recipe(), "--out", "run", "--evaluations", "20")
+    return cli.folder / "run"
+
+
+@pytest.fixture
 def refused(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Runs a command that ends with exit code 2, and returns the sentence that it says."""
     monkeypatch.chdir(cli.folder)

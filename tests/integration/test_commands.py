@@ -1,7 +1,6 @@
 """The commands as a user meets them."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +15,8 @@ import evosearch
 from tests.integration.conftest import Cli
 
 COMMANDS = [
-    *("launch", "resume", "status", "export", "profile", "criteria", "fidelity", "train", "list"),
+    *("launch", "resume", "status", "export", "profile", "criteria", "fidelity", "train"),
+    *("finetune", "list"),
 ]
 
 
@@ -79,12 +79,6 @@ def test_the_front_shows_what_was_minimised(cli: Cli, recipe: Callable[..., str]
     heading = next(line for line in said.splitlines() if "top-1" in line)
     assert "distortion" in heading
     assert "divergence" not in heading
-
-
-@pytest.fixture
-def run(cli: Cli, recipe: Callable[..., str]) -> Path:
-    cli.here("launch", recipe(), "--out", "run", "--evaluations", "20")
-    return cli.folder / "run"
 
 
 def test_a_finished_run_can_be_looked_at(cli: Cli, run: Path) -> None:
@@ -247,26 +241,3 @@ def test_a_run_can_start_from_another_one(cli: Cli, recipe: Callable[..., str], 
         best = {member.policy for member in first.population() if member.rank == 0}
         asked = {entry.policy for entry in second.entries("search")}
     assert best <= asked
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_training_can_be_stopped_and_continued(cli: Cli, how: signal.Signals) -> None:
-    # So many epochs that it is not done before the signal comes, however busy the machine.
-    options = ["--epochs", "20", "--batch-size", "100", "--seed", "1"]
-    network = f"{Path(__file__).with_name('tiny.py')}:Tiny"
-    data = ["train", network, "cifar10-sample", *options]
-    cli.here(*data, "--out", "whole.safetensors")
-    process = cli.start(*data, "--out", "killed.safetensors")
-    checkpoint = cli.folder / "killed.checkpoint.pt"
-    while process.poll() is None and not checkpoint.exists():
-        time.sleep(0.02)
-    process.send_signal(how)
-    _, err = process.communicate()
-    if how is signal.SIGINT:
-        assert process.returncode == 130
-        assert "the same command continues after the last whole epoch" in err
-        assert "Traceback" not in err
-    said = cli.run(*data, "--out", "killed.safetensors").stdout
-    assert "held out" in said
-    logs = [pd.read_csv(cli.folder / f"{name}.log.csv") for name in ("whole", "killed")]
-    pd.testing.assert_frame_equal(*(log.drop(columns="seconds") for log in logs))

@@ -23,6 +23,7 @@ LAYERS = (
     (
         "evosearch.comparing",
         "evosearch.exporting",
+        "evosearch.finetuning",
         "evosearch.profiling",
         "evosearch.run",
         "evosearch.status",

@@ -1,0 +1,198 @@
+"""The work behind `evosearch finetune`: a network of a run, trained on the run's own images."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from evosearch.data import DataSource, Images
+from evosearch.errors import DataError
+from evosearch.files import make_parent
+from evosearch.ledger import Ledger
+from evosearch.materials import source_of
+from evosearch.networks import Network
+from evosearch.results.front import Row, read_results
+from evosearch.results.networks import NetworkWriter, chosen_row
+from evosearch.results.preparation import Preparation
+from evosearch.scoring.workload import settled_precision
+from evosearch.training import Checkpoint, TrainSettings, top1, train
+from evosearch.training.command import check_result, how_trained, whole, write_records
+from evosearch.training.devices import on_device, training_device
+
+__all__ = ["FineTuned", "FineTuning", "fine_tune"]
+
+_KEPT = {"proxy.name": "recalibrated"}
+_BY_NORM = {"proxy.criterion": "l1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """How to fine-tune; what is not said here is as in `TrainSettings`.
+
+    Args:
+        start: How the network is prepared that training starts from; None for kept weights, the
+            channels of the largest L1 norm (or, of a blend, those that it names), with batch norm
+            recalibrated: fitted layers are better before training, and worse after it.
+        distillation: Share of the loss that follows the dense network's outputs.
+        precision: As in a recipe: `auto` is bfloat16 where the hardware computes in it.
+        device: `cpu`, `cuda`, or `auto`.
+    """
+
+    start: Preparation | None = None
+    epochs: int = 20
+    batch_size: int = 128
+    lr: float = 0.01
+    weight_decay: float = 5e-4
+    distillation: float = 0.9
+    temperature: float = 4.0
+    precision: str = "auto"
+    seed: int = 0
+    threads: int = 1
+    device: str = "auto"
+
+    def preparation(self, row: Row) -> Preparation:
+        """How a policy's network is prepared."""
+        if self.start is not None:
+            return self.start
+        return Preparation(settings=_KEPT if row.policy.blend else {**_KEPT, **_BY_NORM})
+
+    def settings(self, device: str) -> TrainSettings:
+        """The same for the trainer, on a device.
+
+        Raises:
+            ConfigError: A value is impossible.
+        """
+        return TrainSettings(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            warmup_epochs=0.0,
+            weight_decay=self.weight_decay,
+            distillation=self.distillation,
+            temperature=self.temperature,
+            precision=settled_precision(self.precision, gpu=device != "cpu"),
+            seed=self.seed,
+            threads=self.threads,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuned:
+    """What fine-tuning left behind. Accuracies are fractions of all images of that part.
+
+    Args:
+        network: In words: the dense one's name, and what is left of its costs.
+        weights, log, record: The files.
+        before: Held-out top-1 of the cut network before training.
+        after: Top-1 of the trained one by part: `held out` and, if there are such images, `test`.
+        dense: The same of the dense network.
+    """
+
+    network: str
+    weights: Path
+    log: Path
+    record: Path
+    before: float
+    after: Mapping[str, float]
+    dense: Mapping[str, float]
+
+
+def fine_tune(
+    run: Path,
+    file: Path,
+    digits: str | None,
+    wanted: FineTuning,
+    told: Callable[[object], object] = id,
+) -> FineTuned:
+    """Trains a network of a run and writes `file`, which `load_pruned` reads.
+
+    The images are the run's: the whole training part is trained on, crops and flips are those of
+    the recipe; the held-out part is measured after every epoch, for the log alone; the test part,
+    if there is one, once, after the last. A log and a record, `.log.csv` and `.json`, lie beside
+    the weights. A call that was stopped continues, where it is made again, after the last epoch.
+
+    Args:
+        run: Directory of the run.
+        file: Ends with `.safetensors`, and does not exist.
+        digits: The first digits of the policy's digest; None for a front of one.
+        wanted: How.
+        told: Hears what is going on, and of every epoch.
+
+    Raises:
+        ConfigError: There is no such policy, a setting is impossible, or the file is there.
+        ConfigMismatch: Network or images are not the ones that were measured.
+        BackendError: There is no such device, or a file cannot be written.
+    """
+    check_result(file, "FILE")
+    device = training_device(wanted.device)
+    settings = wanted.settings(device)
+    with Ledger.open(run) as ledger:
+        row = chosen_row(read_results(ledger), digits, run)
+        writer = NetworkWriter(run, ledger, wanted.preparation(row))
+    make_parent(file)
+    source = source_of(writer.recipe)
+    training, parts = whole(source.training()), _parts(source)
+    # A copy: the writer's own is cut anew for every policy.
+    found, _ = writer.prepare(row)
+    network = on_device(replace(found, module=copy.deepcopy(found.module)), device)
+    dense = on_device(writer.dense, device)
+    settings = replace(settings, crop_padding=network.input.crop_padding, flip=network.input.flip)
+    before = top1(network, parts["held out"])
+    told(
+        f"{row.policy.digest}: {writer.described(row)}; held out {before:.2%} before training, "
+        f"{len(training)} images on {device} in {settings.precision}"
+    )
+    checkpoint = Checkpoint(
+        path=file.with_suffix(".checkpoint.pt"),
+        about={"policy": row.policy.digest, "start": writer.prepared},
+    )
+    log = train(
+        network,
+        training,
+        parts["held out"],
+        settings,
+        teacher=dense.module,
+        checkpoint=checkpoint,
+        report=told,
+    )
+    after, reference = (_measured(each, parts) for each in (network, dense))
+    facts: dict[str, Any] = {
+        "run": str(run),
+        "network": writer.dense.spec.name,
+        "policy": row.policy.digest,
+        "macs": row.macs,
+        "params": row.params,
+        "start": writer.prepared,
+        "training_images": len(training),
+        "held_out_top1": {"before": before, "after": after["held out"]},
+        "test_top1": after.get("test"),
+        "dense_top1": reference,
+        **how_trained(settings),
+    }
+    log_path, record = write_records(file, log, facts)
+    writer.save(row, network, file, {"finetuned": facts})
+    checkpoint.path.unlink(missing_ok=True)
+    return FineTuned(
+        network=writer.described(row),
+        weights=file,
+        log=log_path,
+        record=record,
+        before=before,
+        after=after,
+        dense=reference,
+    )
+
+
+def _parts(source: DataSource) -> dict[str, Images]:
+    """What is measured, by name; many sources have no test images."""
+    parts = {"held out": whole(source.held_out())}
+    try:
+        parts["test"] = whole(source.test())
+    except DataError:
+        return parts
+    return parts
+
+
+def _measured(network: Network, parts: Mapping[str, Images]) -> dict[str, float]:
+    return {name: top1(network, images) for name, images in parts.items()}

@@ -1,0 +1,155 @@
+"""Baselines and fine-tuned networks, through the command line."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import evosearch
+from tests.integration.conftest import Cli
+
+
+def stopped(cli: Cli, how: signal.Signals, checkpoint: Path, *arguments: str) -> tuple[int, str]:
+    """Starts a training and stops it when its checkpoint is there; its exit code and stderr."""
+    process = cli.start(*arguments)
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, err = process.communicate()
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_training_can_be_stopped_and_continued(cli: Cli, how: signal.Signals) -> None:
+    # So many epochs that it is not done before the signal comes, however busy the machine.
+    options = ["--epochs", "20", "--batch-size", "100", "--seed", "1"]
+    network = f"{Path(__file__).with_name('tiny.py')}:Tiny"
+    data = ["train", network, "cifar10-sample", *options]
+    cli.here(*data, "--out", "whole.safetensors")
+    checkpoint = cli.folder / "killed.checkpoint.pt"
+    code, err = stopped(cli, how, checkpoint, *data, "--out", "killed.safetensors")
+    if how is signal.SIGINT:
+        assert code == 130
+        assert "the same command continues after the last whole epoch" in err
+        assert "Traceback" not in err
+    said = cli.run(*data, "--out", "killed.safetensors").stdout
+    assert "held out" in said
+    logs = [pd.read_csv(cli.folder / f"{name}.log.csv") for name in ("whole", "killed")]
+    pd.testing.assert_frame_equal(*(log.drop(columns="seconds") for log in logs))
+
+
+def small_policy(cli: Cli) -> str:
+    """Digits of a policy of the run that cuts much."""
+    cli.here("export", "run", "all.csv", "--all")
+    rows = pd.read_csv(cli.folder / "all.csv")
+    return str(rows[rows.macs < 0.6].policy.iloc[0])[:8]
+
+
+def test_a_network_of_a_run_is_fine_tuned_and_loads(cli: Cli, run: Path) -> None:
+    policy = small_policy(cli)
+    options = ("--policy", policy, "--epochs", "3", "--batch-size", "100", "--lr", "0.05")
+    said = cli.here("finetune", "run", "fine/small.safetensors", *options)
+    record = json.loads((cli.folder / "fine" / "small.json").read_text())
+    assert record["policy"].startswith(policy)
+    assert record["start"] == "--set proxy.name=recalibrated --set proxy.criterion=l1"
+    assert record["settings"]["distillation"] == 0.9
+    assert record["training_images"] == 1000
+    log = pd.read_csv(cli.folder / "fine" / "small.log.csv")
+    assert list(log.epoch) == [1, 2, 3]
+    assert log.train_loss.iloc[-1] < log.train_loss.iloc[0]
+    assert f"held out {record['held_out_top1']['before']:.2%} before training" in said.stderr
+    assert (
+        f"test {record['test_top1']:.2%} (dense {record['dense_top1']['test']:.2%})" in said.stdout
+    )
+
+    from evosearch.data import open_source
+    from evosearch.networks import NetworkSpec, load_network
+
+    # What loads is what was measured on test images, batch norm and all.
+    network = evosearch.load_pruned(cli.folder / "fine" / "small.safetensors")
+    spec = NetworkSpec(
+        name=f"{Path(__file__).with_name('tiny.py')}:Tiny",
+        mean=(0.49, 0.48, 0.45),
+        std=(0.25, 0.24, 0.26),
+    )
+    source = open_source("cifar10-sample")
+    images = source.test().take(np.arange(2000))
+    with torch.inference_mode():
+        outputs = network(load_network(spec).normalise(images.pixels))
+    right = float((outputs.argmax(1).numpy() == images.labels).mean())
+    assert right == pytest.approx(record["test_top1"], abs=1e-9)
+    assert not (cli.folder / "fine" / "small.checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_fine_tuning_can_be_stopped_and_continued(cli: Cli, run: Path, how: signal.Signals) -> None:
+    options = ("--policy", small_policy(cli), "--epochs", "20", "--batch-size", "100")
+    cli.run("finetune", "run", "whole.safetensors", *options)
+    checkpoint = cli.folder / "killed.checkpoint.pt"
+    again = ("finetune", "run", "killed.safetensors", *options)
+    code, err = stopped(cli, how, checkpoint, *again)
+    assert checkpoint.exists()
+    if how is signal.SIGINT:
+        assert code == 130
+        assert "the same command continues after the last whole epoch" in err
+    other = cli.run(*again, "--distillation", "0.5", code=2).stderr
+    assert "killed.checkpoint.pt was trained with distillation = 0.9, now it is 0.5" in other
+    other = cli.run(*again, "--as-searched", code=2).stderr
+    assert "now it is as in the search; remove the file to start over" in other
+    cli.run(*again)
+    states = [
+        evosearch.load_pruned(cli.folder / f"{name}.safetensors").state_dict().values()
+        for name in ("whole", "killed")
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
+
+
+def test_a_search_for_one_budget_needs_no_name(cli: Cli, recipe: Callable[..., str]) -> None:
+    changes = (
+        *("--set", 'search.objectives=["distortion"]', "--set", "search.baseline=0"),
+        *("--set", "space.project_onto={macs=0.5}", "--evaluations", "6"),
+    )
+    cli.here("launch", recipe(), "--out", "run", *changes)
+    options = ("--epochs", "1", "--batch-size", "100", "--distillation", "1", "--as-searched")
+    cli.here("finetune", "run", "tuned.safetensors", *options)
+    cli.here("export", "run", "small.safetensors")
+    before, after = (
+        evosearch.load_pruned(cli.folder / f"{name}.safetensors") for name in ("small", "tuned")
+    )
+    pairs = list(zip(before.parameters(), after.parameters(), strict=True))
+    assert all(one.shape == other.shape for one, other in pairs)
+    assert not any(torch.equal(one, other) for one, other in pairs)
+
+
+REFUSED = (
+    (("--policy", "zzz"), "--policy zzz: no measured policies of run start like that"),
+    ((), "name the network with --policy"),
+    (("--lr", "0"), "--lr must be above 0"),
+    (("--distillation", "1.5"), "--distillation must lie in 0 to 1, got 1.5"),
+    (("--temperature", "0"), "--temperature must be above 0 and finite, got 0"),
+    (("--precision", "half"), "precision is float32 or bfloat16, got 'half'"),
+    (("--device", "tpu"), "--device is cpu, cuda, cuda:1 and so on, or auto, got 'tpu'"),
+    (("--set", "data.validation=64"), "--set data.validation: networks of a run"),
+    (("--as-searched", "--set", "proxy.criterion=l1"), "exclude each other"),
+    (("--batch-size", "2000"), "there are 1000 training images, less than one batch of 2000"),
+)
+
+
+def test_fine_tuning_refuses_what_it_cannot_do(
+    cli: Cli, run: Path, refused: Callable[..., str]
+) -> None:
+    assert run.is_dir()
+    policy = ("--policy", small_policy(cli))
+    for options, said in REFUSED:
+        named = policy if options and "--policy" not in options else ()
+        assert said in refused("finetune", "run", "w.safetensors", *named, *options), options
+        assert not (cli.folder / "w.safetensors").exists()
+    (cli.folder / "there.safetensors").touch()
+    assert "there.safetensors exists" in refused("finetune", "run", "there.safetensors")
+    assert "FILE must end with .safetensors" in refused("finetune", "run", "there.pt")

@@ -1,0 +1,158 @@
+"""What training minimises, what its checkpoint is of, and where it runs."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from evosearch.data import Images, open_source
+from evosearch.errors import BackendError, ConfigError
+from evosearch.networks import Network, NetworkSpec, load_network
+from evosearch.training import Checkpoint, TrainSettings, train
+from evosearch.training.baseline import _loss
+from evosearch.training.devices import training_device
+
+TINY = Path(__file__).parents[1] / "integration" / "tiny.py"
+SETTINGS = TrainSettings(epochs=2, batch_size=64, lr=0.05, warmup_epochs=0.0, distillation=0.9)
+
+
+@pytest.fixture
+def small() -> Network:
+    return load_network(NetworkSpec(name=f"{TINY}:Tiny"), (32, 32, 3))
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    return open_source("cifar10-sample").training().take(np.arange(192))
+
+
+@pytest.fixture
+def teacher(small: Network) -> nn.Module:
+    """Another network than the one that is trained."""
+    module = copy.deepcopy(small.module).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.5)
+    return module
+
+
+def trained(network: Network, images: Images, **how: Any) -> dict[str, torch.Tensor]:
+    mine = replace(network, module=copy.deepcopy(network.module))
+    train(mine, images, images, how.pop("settings", SETTINGS), **how)
+    return dict(mine.module.state_dict())
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_loss_is_hintons() -> None:
+    generator = np.random.default_rng(0)
+    found, wanted = generator.normal(size=(2, 8, 5))
+    labels = generator.integers(0, 5, 8)
+
+    def soft(logits: np.ndarray, heat: float) -> np.ndarray:
+        raised = np.exp(logits / heat)
+        return raised / raised.sum(1, keepdims=True)
+
+    for share, heat in ((0.9, 4.0), (0.3, 1.0), (1.0, 2.0)):
+        told = -np.log(soft(found, 1.0)[np.arange(8), labels]).mean()
+        aim, is_now = soft(wanted, heat), soft(found, heat)
+        apart = (aim * np.log(aim / is_now)).sum(1).mean()
+        settings = replace(SETTINGS, distillation=share, temperature=heat)
+        tensors = (torch.from_numpy(x) for x in (found, labels, wanted))
+        loss = float(_loss(*tensors, settings))
+        assert loss == pytest.approx((1 - share) * told + share * heat**2 * apart, rel=1e-9)
+
+
+def test_whoever_agrees_with_its_teacher_has_nothing_to_learn() -> None:
+    logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    settings = replace(SETTINGS, distillation=1.0)
+    loss = _loss(logits, torch.zeros(4, dtype=torch.int64), logits.detach(), settings)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
+    assert logits.grad is not None
+    assert float(logits.grad.abs().max()) < 1e-6
+
+
+def test_distillation_alone_needs_no_labels(
+    small: Network, images: Images, teacher: nn.Module
+) -> None:
+    wrong = Images(images.pixels, (images.labels + 1) % 10)
+    alone = replace(SETTINGS, distillation=1.0)
+    states = [trained(small, part, teacher=teacher, settings=alone) for part in (images, wrong)]
+    assert same(*states)
+    # With labels in it, the loss does look at them.
+    states = [trained(small, part, teacher=teacher) for part in (images, wrong)]
+    assert not same(*states)
+
+
+def test_a_teacher_counts_as_far_as_the_settings_say(
+    small: Network, images: Images, teacher: nn.Module
+) -> None:
+    before = copy.deepcopy(teacher.state_dict())
+    guided = trained(small, images, teacher=teacher)
+    assert not same(guided, trained(small, images))
+    plain = replace(SETTINGS, distillation=0.0)
+    unguided = trained(small, images, teacher=teacher, settings=plain)
+    assert same(unguided, trained(small, images, settings=plain))
+    # It is looked at, never changed.
+    assert same(before, dict(teacher.state_dict()))
+
+
+def test_a_checkpoint_is_of_one_thing(small: Network, images: Images, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(_line: object) -> None:
+        raise Stop
+
+    path = tmp_path / "c.pt"
+    mine = Checkpoint(path=path, about={"policy": "a"})
+    with pytest.raises(Stop):
+        trained(small, images, checkpoint=mine, report=stop)
+    with pytest.raises(ConfigError, match="was trained with policy = a, now it is b"):
+        trained(small, images, checkpoint=Checkpoint(path=path, about={"policy": "b"}))
+    with pytest.raises(ConfigError, match=r"with temperature = 4\.0, now it is 2\.0"):
+        trained(small, images, checkpoint=mine, settings=replace(SETTINGS, temperature=2.0))
+    assert same(trained(small, images, checkpoint=mine), trained(small, images))
+
+
+def test_a_checkpoint_of_before_there_were_teachers_goes_on(
+    small: Network, images: Images, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.pt"
+    plain = replace(SETTINGS, distillation=0.0)
+    trained(small, images, checkpoint=Checkpoint(path=path), settings=plain)
+    state = torch.load(path, weights_only=True)
+    for key in ("distillation", "temperature"):
+        del state["settings"][key]
+    torch.save(state, path)
+    trained(small, images, checkpoint=Checkpoint(path=path), settings=plain)
+    with pytest.raises(ConfigError, match=r"with distillation = 0\.0, now it is 0\.9"):
+        trained(small, images, checkpoint=Checkpoint(path=path))
+
+
+def test_less_than_a_batch_is_refused(small: Network, images: Images) -> None:
+    with pytest.raises(ConfigError, match="192 training images, less than one batch of 193"):
+        trained(small, images, settings=replace(SETTINGS, batch_size=193))
+
+
+def test_devices_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert training_device("auto") == "cuda"
+    assert training_device("cuda:1") == "cuda:1"
+    with pytest.raises(BackendError, match="--device cuda:2: torch finds 2 GPUs"):
+        training_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert training_device("auto") == "cpu"
+    with pytest.raises(BackendError, match="--device cuda: torch finds 0 GPUs"):
+        training_device("cuda")
+    with pytest.raises(ConfigError, match="--device is cpu, cuda"):
+        training_device("gpu")
