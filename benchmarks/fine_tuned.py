@@ -1,12 +1,14 @@
 """Is a searched network still the better one after training?
 
 A published ResNet at half of its MACs: policies found in several ways, prepared as each way does,
-then all fine-tuned alike (SGD, cosine from 0.01, 45,000 training images). Test top-1 before and
+then all fine-tuned alike (SGD, cosine from 0.01, 45,000 training images; with --distillation guided
+by the dense network, as `evosearch finetune` does it). Test top-1 before and
 after; test images are opened once, for the chosen policies. The policy of search seed i is
 fine-tuned with seed i; methods without seeds have one policy, which is fine-tuned with every seed.
 
     python benchmarks/fine_tuned.py [--data FOLDER] [--network resnet20] [--epochs 5] [--seeds 3]
-        [--evaluations 72] [--share 0.5] [--methods "searched, distortion" ...] [--chosen JSON]
+        [--evaluations 72] [--share 0.5] [--methods "searched, distortion" ...]
+        [--distillation 0.9] [--chosen JSON ...]
 """
 
 from collections.abc import Mapping
@@ -98,14 +100,21 @@ def main() -> None:
     made.add_argument("--final", type=int, default=1024, help="images that prepare networks")
     made.add_argument("--share", type=float, default=0.5)
     made.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(SHOWN))
-    made.add_argument("--chosen", type=Path, help="JSON of before: fine-tune its policies, too")
+    made.add_argument("--distillation", type=float, default=0.0)
+    made.add_argument(
+        "--chosen", type=Path, nargs="+", default=[], help="JSONs of before: take their policies"
+    )
     options = made.parse_args()
     torch.set_num_threads(1)
-    truth = Truth(epochs=options.epochs).settled(gpu=False)
+    truth = Truth(epochs=options.epochs, distillation=options.distillation).settled(gpu=False)
     records: list[dict[str, Any]] = []
     with setting(options.data, options.network, 2) as where:
-        before = chosen_before(options.chosen) if options.chosen else {}
-        before = {key: found for key, found in before.items() if key[1] == options.share}
+        before = {
+            key: found
+            for file in options.chosen
+            for key, found in chosen_before(file).items()
+            if key[0] in options.methods and key[1] == options.share and key[2] < options.seeds
+        }
         shares = (options.share,)
         chosen = before | choose(
             where, options.methods, shares, options.seeds, options.evaluations, before

@@ -248,7 +248,8 @@ def fidelity(
     truth: Annotated[
         str,
         typer.Option(
-            help="epochs, lr, batch, seeds, fraction, precision (auto, bf16, fp32), start=VARIANT"
+            help="epochs, lr, batch, seeds, fraction, distillation, precision (auto, bf16, fp32), "
+            "start=VARIANT"
         ),
     ] = "finetune:epochs=1",
     out: Annotated[
@@ -473,6 +474,12 @@ def finetune(
         f"{part} {after:.2%} (dense {done.dense[part]:.2%})" for part, after in done.after.items()
     )
     typer.echo(f"{done.weights}: {done.network}, {parts}; log {done.log}")
+    if done.in_vain:
+        _stderr(
+            f"this was too little training: as the search prepared it, the network had "
+            f"{done.searched:.2%} on its validation images; give it more --epochs, or start from "
+            "that with --as-searched"
+        )
 
 
 @app.command("list")

@@ -87,6 +87,7 @@ class FineTuned:
         before: Held-out top-1 of the cut network before training.
         after: Top-1 of the trained one by part: `held out` and, if there are such images, `test`.
         dense: The same of the dense network.
+        searched: Validation top-1 of the network as the search prepared it, without training.
     """
 
     network: str
@@ -96,6 +97,12 @@ class FineTuned:
     before: float
     after: Mapping[str, float]
     dense: Mapping[str, float]
+    searched: float
+
+    @property
+    def in_vain(self) -> bool:
+        """Whether the network that the search had measured, untrained, was no worse."""
+        return self.after["held out"] <= self.searched
 
 
 def fine_tune(
@@ -132,7 +139,7 @@ def fine_tune(
         writer = NetworkWriter(run, ledger, wanted.preparation(row))
     make_parent(file)
     source = source_of(writer.recipe)
-    training, parts = whole(source.training()), _parts(source)
+    training, parts = whole(source.training()), _parts(source, told)
     # A copy: the writer's own is cut anew for every policy.
     found, _ = writer.prepare(row)
     network = on_device(replace(found, module=copy.deepcopy(found.module)), device)
@@ -181,16 +188,17 @@ def fine_tune(
         before=before,
         after=after,
         dense=reference,
+        searched=1 - row.values["error"],
     )
 
 
-def _parts(source: DataSource) -> dict[str, Images]:
+def _parts(source: DataSource, told: Callable[[object], object]) -> dict[str, Images]:
     """What is measured, by name; many sources have no test images."""
     parts = {"held out": whole(source.held_out())}
     try:
         parts["test"] = whole(source.test())
-    except DataError:
-        return parts
+    except DataError as exc:
+        told(f"held-out images alone will be measured: {exc}")
     return parts
 
 

@@ -51,6 +51,7 @@ class Truth:
         fraction: Share of the training images, classes balanced.
         precision: `bf16` (autocast), `fp32`, or `auto`: `bf16` where the hardware computes in it.
             Elsewhere it would take ten times as long as `fp32`.
+        distillation: Share of the loss that follows the dense network's outputs.
         start: Name of the variant that prepares the networks; `recipe` is the recipe's own proxy.
     """
 
@@ -60,6 +61,7 @@ class Truth:
     seeds: int = 1
     fraction: float = 1.0
     precision: str = _AUTO
+    distillation: float = 0.0
     start: str = RECIPE
 
     def __post_init__(self) -> None:
@@ -70,6 +72,7 @@ class Truth:
             "seeds": self.seeds >= 1,
             "fraction": 0 < self.fraction <= 1,
             "precision": self.precision in (_AUTO, *_PRECISIONS),
+            "distillation": 0 <= self.distillation <= 1,
         }
         wanted = {
             "epochs": "at least 1",
@@ -78,6 +81,7 @@ class Truth:
             "seeds": "at least 1",
             "fraction": "more than 0, at most 1",
             "precision": "bf16, fp32 or auto",
+            "distillation": "at least 0, at most 1",
         }
         for key, good in checks.items():
             if not good:
@@ -118,7 +122,9 @@ class Truth:
 
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers of one repetition but its start, as plain data."""
-        return {key: value for key, value in asdict(self).items() if key not in ("seeds", "start")}
+        # Journals of before there were teachers do not name any.
+        unnamed = ("seeds", "start", *(() if self.distillation else ("distillation",)))
+        return {key: value for key, value in asdict(self).items() if key not in unnamed}
 
     def training(self, network: Network, seed: int) -> TrainSettings:
         """The same for the trainer; crops and flips are those the network was trained with."""
@@ -130,6 +136,7 @@ class Truth:
             crop_padding=network.input.crop_padding,
             flip=network.input.flip,
             precision=_PRECISIONS[self.precision],
+            distillation=self.distillation,
             seed=seed,
             threads=1,
         )
@@ -199,6 +206,7 @@ class _FineTuner:
         self._workload = workload
         self._truth = truth.settled(gpu=gpu)
         source = source_of(recipe)
+        self._teacher = workload.network().module.to("cuda" if gpu else "cpu")
         self._images = _training_images(source.training(), truth, recipe.data.seed)
         pools = {part: _pool(source, part) for part in parts}
         self._parts = {part: pool.take(np.arange(len(pool.labels))) for part, pool in pools.items()}
@@ -212,7 +220,8 @@ class _FineTuner:
             # A copy: the scorer goes on to use its own.
             module = copy.deepcopy(self._scorer.network_of(policy))
             network = Network(spec=self._workload.spec, module=module, input=self._workload.input)
-            finetune(network, self._images, self._truth.training(network, seed))
+            settings = self._truth.training(network, seed)
+            finetune(network, self._images, settings, self._teacher)
             for part, images in self._parts.items():
                 found = evaluate(network, images)
                 numbers |= {f"{part}.{name}": value for name, value in found.items()}

@@ -127,6 +127,15 @@ def test_a_search_for_one_budget_needs_no_name(cli: Cli, recipe: Callable[..., s
     assert not any(torch.equal(one, other) for one, other in pairs)
 
 
+def test_training_that_was_too_short_says_so(cli: Cli) -> None:
+    # The shipped network, whose searched networks are better than what a few steps can reach.
+    options = ("--workers", "0", "--evaluations", "3", "--set", "search.baseline=0")
+    cli.here("launch", "quickstart", "--out", "run", *options, "--set", "data.validation=100")
+    policy = ("--policy", small_policy(cli))
+    said = cli.here("finetune", "run", "short.safetensors", *policy, "--epochs", "1")
+    assert "this was too little training: as the search prepared it" in said.stderr
+
+
 REFUSED = (
     (("--policy", "zzz"), "--policy zzz: no measured policies of run start like that"),
     ((), "name the network with --policy"),

@@ -25,6 +25,8 @@ def test_a_truth_may_set_everything() -> None:
     assert Truth.parse(text) == Truth(**told, seeds=2)
     # More repetitions of the same truth continue a study; anything else is another truth.
     assert Truth.parse(text).settings() == told
+    guided = Truth.parse(f"{text},distillation=0.9")
+    assert guided.settings() == {**told, "distillation": 0.9}
 
 
 @pytest.mark.parametrize("good", ["bfloat16", "float32"])
