@@ -57,6 +57,8 @@ class RunFacts(BaseModel):
     """What a space of blends was told about criteria: names and clusters."""
     latency: LatencyModel | None = None
     """What foretells the time of a forward pass, if the recipe asked for that."""
+    timed: dict[str, float] = {}
+    """Shares of the dense network's time that the front's networks took, by policy's digest."""
     versions: dict[str, str]
     """Of the libraries at launch."""
     seeds: tuple[tuple[float, ...], ...]

@@ -23,7 +23,7 @@ from evosearch.assembly import (
     pool_settings,
     wants_latency,
 )
-from evosearch.checking import check_front
+from evosearch.checking import check_front, time_front
 from evosearch.errors import BudgetUnreachable, ConfigError, ConfigMismatch, RunExists
 from evosearch.facts import RunFacts, check_same, read_facts
 from evosearch.files import write_atomically
@@ -268,6 +268,9 @@ def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Obse
             if not check_front(assembled, ledger, stop):
                 reason = "stopped before the front was measured on other images"
                 outcome = replace(outcome, finished=False, reason=reason)
+        if outcome.finished and not _timed(assembled, ledger, observer, stop):
+            reason = "stopped before the front was timed"
+            outcome = replace(outcome, finished=False, reason=reason)
     ledger.set_meta("state", "finished" if outcome.finished else "interrupted")
     ledger.set_meta("reason", outcome.reason)
     if outcome.finished and not outcome.evaluations:
@@ -290,6 +293,21 @@ def _drive(assembled: Assembled, ledger: Ledger, directory: Path, observer: Obse
         interrupted=not outcome.finished,
         files=(table, picture) if results.rows else (),
     )
+
+
+def _timed(
+    assembled: Assembled, ledger: Ledger, observer: Observer, stop: Callable[[], bool]
+) -> bool:
+    """Times the front where latency counts; whether nothing is left to be timed."""
+    if assembled.workload.plan.table.latency is None:
+        return True
+    observer.phase("timing the networks of the front")
+    try:
+        return time_front(assembled, ledger, stop)
+    except ConfigError as exc:
+        # The search is done, and a clock that is gone is no reason to withhold it.
+        observer.phase(f"the front was not timed: {exc}")
+        return True
 
 
 @contextmanager

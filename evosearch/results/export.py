@@ -38,7 +38,8 @@ class Records:
 
 
 _VALUES = (*METRICS, "macs", "params", "latency")
-_CHECKED = tuple(f"check:{name}" for name in METRICS)
+_TIMED = "check:latency"
+_CHECKED = (*(f"check:{name}" for name in METRICS), _TIMED)
 _TEXT = ("policy", "status", "reason")
 _NUMBERS = (*_VALUES, *_CHECKED, "violation", "seconds", "crowding")
 _COUNTS = ("images",)
@@ -68,15 +69,25 @@ def _measured(row: Row, columns: tuple[str, ...]) -> dict[str, Any]:
     return {**values, "macs_count": row.macs, "params_count": row.params}
 
 
+def _checked_columns(results: Results) -> tuple[str, ...]:
+    """Metrics on the check images; latency as it was timed, where it is foreseen."""
+    return _CHECKED if "latency" in results.dense else _CHECKED[:-1]
+
+
+def _checked(row: Row, columns: tuple[str, ...]) -> dict[str, Any]:
+    found = {f"check:{name}": value for name, value in row.checked.items()}
+    return {name: row.timed if name == _TIMED else found.get(name) for name in columns}
+
+
 def front_records(results: Results) -> Records:
-    """The front by first objective: metrics, costs as shares and counts, widths, check images."""
+    """The front by first objective: metrics, costs as shares and counts, widths, how it held."""
     columns = (
         "policy",
         *_value_columns(results),
         "macs_count",
         "params_count",
         *_policy_columns(results),
-        *_CHECKED,
+        *_checked_columns(results),
     )
     return Records(
         columns,
@@ -85,7 +96,7 @@ def front_records(results: Results) -> Records:
                 "policy": row.policy.digest,
                 **_measured(row, _value_columns(results)),
                 **_kept(results, row.policy),
-                **{f"check:{name}": row.checked.get(name) for name in METRICS},
+                **_checked(row, _checked_columns(results)),
             }
             for row in results.front
         ),

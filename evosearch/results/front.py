@@ -33,6 +33,8 @@ class Row:
         reason: Why it failed, or was dropped.
         images: Validation images that it has seen; None if it failed.
         checked: Metrics on the check images; empty where they were not measured.
+        timed: Share of the dense network's time that it took, where `latency` is foreseen and the
+            network was timed.
     """
 
     policy: Policy
@@ -46,6 +48,7 @@ class Row:
     reason: str | None
     images: int | None
     checked: Mapping[str, float]
+    timed: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,14 @@ class Results:
             return None
         return self._hypervolume_of([{**row.values, **row.checked} for row in self.front])
 
+    def slowness(self) -> float | None:
+        """How much longer the front's networks took than was foreseen; None if none was timed.
+
+        A mean over those that were timed: 0.05 is a twentieth longer.
+        """
+        found = [row.timed / row.values["latency"] for row in self.front if row.timed is not None]
+        return float(np.mean(found)) - 1 if found else None
+
     def optimism(self) -> float | None:
         """How much more error the front has on the check images, beyond what the dense network has.
 
@@ -160,7 +171,10 @@ def _paid(asked: Sequence[_Asked], goals: Goals, budget: int) -> list[_Asked]:
 
 
 def _rows(
-    asked: Sequence[_Asked], goals: Goals, checked: Mapping[str, Measurement]
+    asked: Sequence[_Asked],
+    goals: Goals,
+    checked: Mapping[str, Measurement],
+    timed: Mapping[str, float],
 ) -> tuple[Row, ...]:
     found = [
         (one.entry, one.entry.measurement, {**one.entry.measurement.metrics, **one.shares})
@@ -191,6 +205,7 @@ def _rows(
             reason=measurement.reason,
             images=measurement.images,
             checked=checked[d].metrics if (d := entry.policy.digest) in checked else {},
+            timed=timed.get(entry.policy.digest),
         )
         for i, (entry, measurement, values) in enumerate(found)
     )
@@ -213,7 +228,7 @@ def read_results(ledger: Ledger) -> Results:
     def rows(track: str, budget: int) -> tuple[Row, ...]:
         raced = track == SEARCH and search.racing > 0
         entries = ledger.entries(track, terms=Terms.RACED if raced else Terms.FULL)
-        return _rows(_paid(_asked(entries, facts), goals, budget), goals, checked)
+        return _rows(_paid(_asked(entries, facts), goals, budget), goals, checked, facts.timed)
 
     return Results(
         goals=goals,

@@ -131,6 +131,8 @@ class NetworkWriter:
         """A network of that policy, in words: what was cut, and what is left of its costs."""
         latency = row.values.get("latency")
         time = "" if latency is None else f"{latency:.1%} of the time, "
+        if row.timed is not None:
+            time = f"{row.timed:.1%} of the time ({latency:.1%} foreseen), "
         return (
             f"{self.dense.spec.name} with {time}{row.values['macs']:.1%} of the MACs and "
             f"{row.values['params']:.1%} of the parameters"

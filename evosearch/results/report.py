@@ -14,6 +14,7 @@ __all__ = ["fidelity_table", "front_table", "hypervolume_lines"]
 _MAX_ROWS = 24
 # Metrics of how far a network is from the dense one.
 _DISTANCES = ("divergence", "distortion")
+_TIMED = "timed"
 
 
 def _thinned(rows: Sequence[Row]) -> list[Row]:
@@ -48,7 +49,7 @@ def front_table(results: Results) -> Table:
             row.policy.digest,
             f"{1 - row.values['error']:.2%}",
             *(f"{row.values[name]:.4f}" for name in metrics),
-            *(f"{row.values[name]:.1%}" for name in costs),
+            *(_cost(row, name) for name in costs),
         )
     return table
 
@@ -60,9 +61,35 @@ def _shown_metrics(results: Results) -> list[str]:
 
 
 def _shown_costs(results: Results) -> dict[str, str]:
-    """Titles of costs by name; latency where it is known."""
+    """Titles of costs by name; latency where it is known, and beside what is foreseen, if timed."""
     latency = {"latency": "latency"} if "latency" in results.dense else {}
+    if any(row.timed is not None for row in results.front):
+        latency = {"latency": "foreseen", _TIMED: "latency"}
     return {**latency, "macs": "MACs", "params": "params"}
+
+
+def _cost(row: Row, name: str) -> str:
+    value = row.timed if name == _TIMED else row.values[name]
+    return "" if value is None else f"{value:.1%}"
+
+
+def _timed_lines(results: Results) -> list[str]:
+    """What the clock says of the front's latencies, and whether they stay below their bound."""
+    slowness = results.slowness()
+    if slowness is None:
+        return []
+    timed = [row for row in results.front if row.timed is not None]
+    how = f"{abs(slowness):.1%} {'longer' if slowness >= 0 else 'less'} than foreseen"
+    lines = [f"timed              {len(timed)} networks of the front took {how}, on average"]
+    for bound in (c.bound for c in results.goals.constraints if c.name == "latency"):
+        over = sum(row.timed > bound for row in timed if row.timed is not None)
+        if over:
+            less = bound / (1 + max(slowness, 0.01))
+            lines.append(
+                f"{'':18s} {over} of them more than {bound:g}; if that matters, "
+                f"search for {less:.2f}"
+            )
+    return lines
 
 
 def hypervolume_lines(results: Results) -> list[str]:
@@ -84,6 +111,7 @@ def hypervolume_lines(results: Results) -> list[str]:
             f"{abs(100 * optimism):.2f} points {'lower' if optimism >= 0 else 'higher'} there, "
             "relative to the dense network)"
         )
+    lines += _timed_lines(results)
     dropped = [row for row in results.rows if row.status is Status.DROPPED]
     if dropped:
         seen = sum(row.images or 0 for row in dropped) / len(dropped)

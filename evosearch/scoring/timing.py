@@ -18,7 +18,7 @@ from evosearch.pruning.cutting import Cutter, CuttingPlan
 from evosearch.pruning.table import GroupTable
 from evosearch.recipe import LatencyRecipe
 
-__all__ = ["Stopwatch", "draw_widths", "seconds_of", "time_passes"]
+__all__ = ["Stopwatch", "draw_widths", "seconds_of", "shares_of", "time_passes"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -29,6 +29,8 @@ Stopwatch = Callable[[nn.Module, Tensor], float]
 _POLICIES, _LEAST = 64, 16
 # Policies are timed in turns, until so much time is spent.
 _SECONDS, _LEAST_TURNS, _MOST_TURNS = 30.0, 2, 5
+# So many of those that a search chose; between, it can be stopped.
+_TOGETHER = 8
 # Of one network at a time; after the first pass, which prepares its kernels.
 _PASSES, _PASS_SECONDS = 3, 0.1
 
@@ -99,13 +101,51 @@ def time_passes(
     return fit_latency(axes, layers, plan.table.channels.tolist(), keep[timed], seconds[timed])
 
 
+def shares_of(
+    network: Network,
+    plan: CuttingPlan,
+    recipe: LatencyRecipe,
+    keep: IntArray,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[int, float]]:
+    """The time that networks take, as shares of the dense network's; not foreseen, but timed.
+
+    Args:
+        network: Dense.
+        plan: How it is cut.
+        recipe: What a pass is.
+        keep: `(n, n_groups)` kept channels.
+        stop: Asked now and then; once true, no more are timed.
+
+    Yields:
+        Row of `keep`, and its share; rows whose network cannot be run are left out.
+
+    Raises:
+        ConfigError: There is no such stopwatch, or it does not return seconds.
+    """
+    for start in range(0, len(keep), _TOGETHER):
+        if stop():
+            return
+        part = keep[start : start + _TOGETHER]
+        seconds = _SECONDS * (len(part) + 1) / _POLICIES
+        found = seconds_of(network, plan, recipe, np.stack([plan.table.channels, *part]), seconds)
+        for row, share in enumerate(found[1:] / found[0], start):
+            if math.isfinite(share):
+                yield row, float(share)
+
+
 def seconds_of(
-    network: Network, plan: CuttingPlan, recipe: LatencyRecipe, keep: IntArray
+    network: Network,
+    plan: CuttingPlan,
+    recipe: LatencyRecipe,
+    keep: IntArray,
+    most_seconds: float = _SECONDS,
 ) -> FloatArray:
     """`(n,)` seconds of `(n, n_groups)` kept channels; infinite where a network cannot be run.
 
     A shared machine is now fast and now slow, by half as much again. So each policy is timed beside
-    a reference that keeps half of all channels; the median of their ratios counts.
+    a reference that keeps half of all channels; the median of their ratios counts. They take turns
+    until `most_seconds` are over, twice at least.
 
     Raises:
         ConfigError: There is no such stopwatch, it does not return seconds, or the reference cannot
@@ -120,7 +160,7 @@ def seconds_of(
     with _threads(recipe.threads):
         start = time.perf_counter()
         while len(ratios) < _LEAST_TURNS or (
-            len(ratios) < _MOST_TURNS and time.perf_counter() - start < _SECONDS
+            len(ratios) < _MOST_TURNS and time.perf_counter() - start < most_seconds
         ):
             turn = []
             for row in keep:
@@ -136,7 +176,10 @@ def seconds_of(
 
 
 def draw_widths(table: GroupTable, n: int, seed: int, round_to: int = 1) -> IntArray:
-    """`(n, n_groups)` kept channels: dense, then random ones about random levels.
+    """`(n, n_groups)` kept channels: dense, then random ones.
+
+    Half of them lie about random levels, so that all costs are seen; half are random in each group,
+    as a search narrows some groups far and others not at all.
 
     Args:
         table: Knows the groups.
@@ -147,6 +190,7 @@ def draw_widths(table: GroupTable, n: int, seed: int, round_to: int = 1) -> IntA
     rng = np.random.default_rng(seed)
     levels = rng.uniform(0.1, 1.0, size=(n, 1))
     shares = levels + rng.uniform(-0.3, 0.3, size=(n, len(table.groups)))
+    shares[n // 2 :] = rng.uniform(0.05, 1.0, size=(n - n // 2, len(table.groups)))
     wanted = np.ceil(table.channels * shares.clip(0.05, 1.0) / round_to) * round_to
     keep = np.minimum(wanted.astype(np.int64), table.channels)
     keep[0] = table.channels

@@ -113,10 +113,19 @@ def test_killed_search_for_speed_ends_as_if_never_killed(
     found = pd.read_csv(cli.folder / "fast-whole.csv")
     assert found["latency"].between(0.6, 0.7).all()
     said = cli.here("export", "fast-whole", "net.safetensors", "--policy", found["policy"][0])
-    assert f"with {found['latency'][0]:.1%} of the time, " in said.stdout
+    # Such a network takes the time of its weights, and the front was timed to see.
+    assert found["check:latency"].to_numpy() == pytest.approx(found["params"].to_numpy())
+    timed, foreseen = found["check:latency"][0], found["latency"][0]
+    assert f"with {timed:.1%} of the time ({foreseen:.1%} foreseen), " in said.stdout
     # What was timed at launch is what counts: a clock that is gone is not missed.
     (cli.folder / "tiny.py").unlink()
-    assert "latency: the dense network takes" in cli.here("resume", "fast-killed").stderr
+    again = cli.here("resume", "fast-killed")
+    assert "latency: the dense network takes" in again.stderr
+    slower = (found["check:latency"] / found["latency"]).mean() - 1
+    how = f"{abs(slower):.1%} {'longer' if slower >= 0 else 'less'} than foreseen"
+    assert f"{len(found)} networks of the front took {how}" in again.stdout
+    over = int((found["check:latency"] > 0.7).sum())
+    assert ("of them more than 0.7; if that matters, search for" in again.stdout) == (over > 0)
 
 
 def test_larger_budget_later_is_a_larger_budget_at_once(

@@ -1,4 +1,4 @@
-"""The front on images that its search has not seen."""
+"""The front on images that its search has not seen, and by the clock."""
 
 from pathlib import Path
 
@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 
 from evosearch.assembly import Assembled, assemble
-from evosearch.checking import check_front
+from evosearch.checking import check_front, time_front
 from evosearch.errors import DataError
+from evosearch.facts import read_facts
 from evosearch.ledger import Ledger
 from evosearch.materials import network_and_images
 from evosearch.measurement import Measurement, Terms
 from evosearch.recipe import Recipe, check_recipe
 from evosearch.results.front import Results, read_results
+from evosearch.results.report import hypervolume_lines
 from evosearch.run import launch, resume
+from evosearch.scoring import timing
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.workload import with_validation
 
@@ -21,10 +24,14 @@ TINY = Path(__file__).parents[1] / "integration" / "tiny.py"
 
 
 class Silent:
-    """Watches and says nothing."""
+    """Watches, and says nothing but when it is asked."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
 
     def phase(self, text: str) -> None:
         """See Observer."""
+        self.phases.append(text)
 
     def landed(self, track: str, measurement: Measurement, count: int, budget: int) -> None:
         """See Observer."""
@@ -186,3 +193,63 @@ def test_run_without_check_images_says_nothing_about_them(
     assert results.check is None
     assert results.optimism() is None
     assert results.checked_hypervolume() is None
+
+
+def timed_recipe(clock: Path = TINY, *constraints: str) -> Recipe:
+    """Searches for speed by a stopwatch that weighs: shares of time are those of weights."""
+    recipe = recipe_of(check=0).model_dump(mode="json", exclude_none=True)
+    recipe["latency"] = {"measure": f"{clock}:weigh", "images": 2}
+    recipe["search"] |= {"objectives": ["divergence", "latency"], "constraints": list(constraints)}
+    return check_recipe(recipe, "test")
+
+
+def test_front_is_timed_where_latency_is_foreseen(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch(timed_recipe(TINY, "latency <= 0.9"), run, Silent())
+    results, _ = of_run(run)
+    assert len(results.front) > 1
+    for row in results.rows:
+        assert row.timed == (pytest.approx(row.values["params"]) if row.on_front else None)
+    ratios = [row.values["params"] / row.values["latency"] for row in results.front]
+    assert results.slowness() == pytest.approx(np.mean(ratios) - 1)
+    told = "\n".join(hypervolume_lines(results))
+    assert f"{len(results.front)} networks of the front took" in told
+    over = sum(row.values["params"] > 0.9 for row in results.front)
+    assert ("of them more than 0.9" in told) == (over > 0)
+    # What was timed once stays.
+    resume(run, Silent())
+    assert of_run(run)[0].rows == results.rows
+
+
+def test_stopped_timing_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_TOGETHER", 1)
+    recipe, run = timed_recipe(), tmp_path / "run"
+    launch(recipe, run, Silent())
+    wanted = of_run(run)[0].rows
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 2
+
+    with Ledger.open(run, write=True) as ledger:
+        ledger.set_meta("timed", {})
+        assembled = assemble(recipe, (), read_facts(ledger).latency)
+        assert not time_front(assembled, ledger, stop)
+        assert len(read_facts(ledger).timed) == 2
+        assert time_front(assembled, ledger)
+    assert of_run(run)[0].rows == wanted
+
+
+def test_clock_that_is_gone_does_not_withhold_the_front(tmp_path: Path) -> None:
+    clock, run = tmp_path / "clock.py", tmp_path / "run"
+    clock.write_bytes(TINY.read_bytes())
+    launch(timed_recipe(clock), run, Silent())
+    with Ledger.open(run, write=True) as ledger:
+        ledger.set_meta("timed", {})
+    clock.unlink()
+    observer = Silent()
+    assert not resume(run, observer).interrupted
+    assert any("the front was not timed: latency.measure" in said for said in observer.phases)
+    assert all(row.timed is None for row in of_run(run)[0].rows)
