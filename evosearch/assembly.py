@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,10 +21,9 @@ from evosearch.algorithms import (
 from evosearch.data import (
     Images,
 )
-from evosearch.errors import ConfigError
+from evosearch.errors import BudgetUnreachable, ConfigError
 from evosearch.latency import LatencyModel
 from evosearch.materials import ImageSets, network_and_images
-from evosearch.networks import Network
 from evosearch.policy import Policy
 from evosearch.pruning.blending import cluster_groups
 from evosearch.pruning.criteria import applicable_criteria, criterion_named
@@ -36,7 +35,7 @@ from evosearch.scoring.devices import check_devices
 from evosearch.scoring.objectives import Constraint, Goals, worst_metrics
 from evosearch.scoring.pool import PoolSettings
 from evosearch.scoring.proxies import ProxySettings, proxy_named
-from evosearch.scoring.timing import time_passes
+from evosearch.scoring.timing import stand_in, time_passes
 from evosearch.scoring.workload import (
     Workload,
     dense_error,
@@ -217,23 +216,21 @@ def assemble(
     run = recipe.run
     check_devices(run.workers, run.gpus_per_worker, run.ray_address)
     network, image_sets = network_and_images(recipe)
-    plan = _timed(trace(network), network, recipe, latency)
+    plan = trace(network)
     options = {key: value for key, value in recipe.space.items() if key != "name"}
     wish = criteria_wish(recipe.space["name"], options)
     if wish is not None and not wish.names:
         named = tuple(criteria) or applicable_criteria(network.module, plan)[0]
         wish = replace(wish, names=named)
     facts = None if wish is None else _unclustered(wish, plan, recipe.proxy.criterion)
-    space = make_space(recipe.space["name"], plan.table, options, facts)
-    if wish is None and space.cheapest() == space.dearest():
-        raise ConfigError(
-            f"space: {', '.join(f'{k} = {v}' for k, v in options.items()) or 'this network'} "
-            "leaves every group a single width, and nothing to search; lower space.round_to or "
-            "widen space.sparsity"
-        )
-    goals.check_reachable(*reachable_costs(space, plan.table))
-    # Made here once to refuse a wrong algorithm before anything is measured.
-    algorithm_of(recipe, space, goals, plan.table, None)
+    if latency is None and wants_latency(recipe, goals):
+        # A wrong word is told now, not after half a minute of timing; an unreachable budget then.
+        with suppress(BudgetUnreachable):
+            table = _knowing(plan, stand_in(plan.table)).table
+            _checked_space(recipe, goals, table, options, facts)
+        latency = time_passes(network, plan, recipe.latency, rounding(recipe.space))
+    plan = _knowing(plan, latency)
+    space = _checked_space(recipe, goals, plan.table, options, facts)
     recipe = _settled(recipe, image_sets, space, network.input.shape)
     with _naming("proxy.criterion"):
         workload = prepare_workload(
@@ -267,13 +264,34 @@ def assemble(
     )
 
 
-def _timed(
-    plan: CuttingPlan, network: Network, recipe: Recipe, latency: LatencyModel | None
-) -> CuttingPlan:
-    """The plan with what foretells latency: what is known, or what is timed now if it is wanted."""
-    if latency is None and wants_latency(recipe, goals_of(recipe)):
-        latency = time_passes(network, plan, recipe.latency, rounding(recipe.space))
+def _knowing(plan: CuttingPlan, latency: LatencyModel | None) -> CuttingPlan:
+    """The plan with what foretells latency."""
     return replace(plan, table=replace(plan.table, latency=latency))
+
+
+def _checked_space(
+    recipe: Recipe,
+    goals: Goals,
+    table: GroupTable,
+    options: Mapping[str, Any],
+    facts: CriteriaFacts | None,
+) -> SearchSpace:
+    """The recipe's space, in which there is something to search, by its algorithm, in its bounds.
+
+    Raises:
+        ConfigError: There is not.
+    """
+    space = make_space(recipe.space["name"], table, options, facts)
+    if facts is None and space.cheapest() == space.dearest():
+        raise ConfigError(
+            f"space: {', '.join(f'{k} = {v}' for k, v in options.items()) or 'this network'} "
+            "leaves every group a single width, and nothing to search; lower space.round_to or "
+            "widen space.sparsity"
+        )
+    goals.check_reachable(*reachable_costs(space, table))
+    # Made here once to refuse a wrong algorithm before anything is measured.
+    algorithm_of(recipe, space, goals, table, None)
+    return space
 
 
 def wants_latency(recipe: Recipe, goals: Goals) -> bool:

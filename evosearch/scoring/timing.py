@@ -18,7 +18,7 @@ from evosearch.pruning.cutting import Cutter, CuttingPlan
 from evosearch.pruning.table import GroupTable
 from evosearch.recipe import LatencyRecipe
 
-__all__ = ["Stopwatch", "draw_widths", "seconds_of", "shares_of", "time_passes"]
+__all__ = ["Stopwatch", "draw_widths", "seconds_of", "shares_of", "stand_in", "time_passes"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -99,6 +99,14 @@ def time_passes(
         )
     axes, layers = plan.table.shapes()
     return fit_latency(axes, layers, plan.table.channels.tolist(), keep[timed], seconds[timed])
+
+
+def stand_in(table: GroupTable) -> LatencyModel:
+    """A model before anything is timed, as if MACs were seconds: what it cannot reach, none can."""
+    keep = draw_widths(table, _POLICIES, 0)
+    axes, layers = table.shapes()
+    seconds = np.asarray(table.costs(keep)[0], dtype=np.float64)
+    return fit_latency(axes, layers, table.channels.tolist(), keep, seconds)
 
 
 def shares_of(

@@ -302,3 +302,18 @@ def test_a_mask_may_be_infinite() -> None:
 def test_a_network_without_parameters_has_nothing_to_prune() -> None:
     with pytest.raises(NetworkError, match=r"'torch.nn:Flatten' has no parameters.*to prune"):
         load_network(NetworkSpec(name="torch.nn:Flatten"))
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"space": {"project_onto": {"latency": 0.5}, "sparsty": 0.5}}, "sparsty"),
+        ({"search": {"algorithm": "nsga3"}}, "nsga3"),
+        ({"search": {"algorithm": "de"}}, "de"),
+    ],
+)
+def test_a_wrong_word_is_told_before_anything_is_timed(tables: dict[str, Any], said: str) -> None:
+    # The stopwatch fails at its first use.
+    with pytest.raises(ConfigError, match=said) as refused:
+        assemble(timed("never", **tables))
+    assert "no device" not in str(refused.value)
