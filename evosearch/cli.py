@@ -433,7 +433,11 @@ def finetune(
     temperature: Annotated[float, typer.Option(help="Of both outputs in that part")] = 4.0,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Prepare the start: proxy.criterion=l1"),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Start from what the search's proxy leaves with this: proxy.criterion=l1",
+        ),
     ] = None,
     as_searched: Annotated[
         bool, typer.Option("--as-searched", help="Start from what the search measured")

@@ -152,7 +152,12 @@ def fine_tune(
     )
     checkpoint = Checkpoint(
         path=file.with_suffix(".checkpoint.pt"),
-        about={"policy": row.policy.digest, "start": writer.prepared},
+        about={
+            "policy": row.policy.digest,
+            "start": writer.prepared,
+            "dense network": writer.weights,
+            "images": training.digest(),
+        },
     )
     log = train(
         network,

@@ -99,6 +99,8 @@ def _workload(assembled: Assembled, preparation: Preparation) -> Workload:
 class NetworkWriter:
     """Prepares and writes one network after another of a run.
 
+    Its `recipe`, `dense` network and the digest of that one's `weights` are the run's.
+
     Args:
         run: Directory of the run.
         ledger: Its ledger.
@@ -119,6 +121,7 @@ class NetworkWriter:
         self._preparation = preparation
         workload = _workload(assembled, preparation)
         self.recipe = recorded.recipe
+        self.weights = recorded.weights
         self.dense = workload.network()
         self._scorer = Scorer(workload)
 
