@@ -113,7 +113,8 @@ def main() -> None:
             key: found
             for file in options.chosen
             for key, found in chosen_before(file).items()
-            if key[0] in options.methods and key[1] == options.share and key[2] < options.seeds
+            if key[0] in options.methods and key[1] == options.share
+            if key[2] < (options.seeds if METHODS[key[0]].seeded else 1)
         }
         shares = (options.share,)
         chosen = before | choose(

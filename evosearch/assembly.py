@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -213,6 +213,8 @@ def assemble(
     goals = goals_of(recipe)
     with _naming("proxy.name"):
         proxy_named(recipe.proxy.name)
+    with _naming("proxy.criterion"):
+        criterion_named(recipe.proxy.criterion)
     run = recipe.run
     check_devices(run.workers, run.gpus_per_worker, run.ray_address)
     network, image_sets = network_and_images(recipe)
@@ -225,9 +227,12 @@ def assemble(
     facts = None if wish is None else _unclustered(wish, plan, recipe.proxy.criterion)
     if latency is None and wants_latency(recipe, goals):
         # A wrong word is told now, not after half a minute of timing; an unreachable budget then.
-        with suppress(BudgetUnreachable):
+        try:
             table = _knowing(plan, stand_in(plan.table)).table
             _checked_space(recipe, goals, table, options, facts)
+        except BudgetUnreachable as exc:
+            if "latency" not in str(exc):
+                raise
         latency = time_passes(network, plan, recipe.latency, rounding(recipe.space))
     plan = _knowing(plan, latency)
     space = _checked_space(recipe, goals, plan.table, options, facts)

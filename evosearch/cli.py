@@ -436,12 +436,9 @@ def finetune(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Start from what the search's proxy leaves with this: proxy.criterion=l1",
+            help="Start from a network prepared otherwise than in the search: proxy.criterion=l1",
         ),
     ] = None,
-    as_searched: Annotated[
-        bool, typer.Option("--as-searched", help="Start from what the search measured")
-    ] = False,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or auto")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of order and crops")] = 0,
     threads: Threads = 1,
@@ -454,11 +451,8 @@ def finetune(
     from evosearch.finetuning import FineTuning, fine_tune
     from evosearch.results.preparation import Preparation
 
-    if as_searched and settings:
-        raise ConfigError("--as-searched and --set exclude each other")
-    start = Preparation(settings=_changes(settings)) if as_searched or settings else None
     wanted = FineTuning(
-        start=start,
+        start=Preparation(settings=_changes(settings)),
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
@@ -480,9 +474,8 @@ def finetune(
     typer.echo(f"{done.weights}: {done.network}, {parts}; log {done.log}")
     if done.in_vain:
         _stderr(
-            f"this was too little training: as the search prepared it, the network had "
-            f"{done.searched:.2%} on its validation images; give it more --epochs, or start from "
-            "that with --as-searched"
+            f"the training left it no better than it was ({done.before:.2%} held out); try more "
+            "--epochs, or a lower --lr"
         )
 
 

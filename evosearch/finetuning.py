@@ -12,18 +12,22 @@ from evosearch.files import make_parent
 from evosearch.ledger import Ledger
 from evosearch.materials import source_of
 from evosearch.networks import Network
-from evosearch.results.front import Row, read_results
+from evosearch.results.front import read_results
 from evosearch.results.networks import NetworkWriter, chosen_row
-from evosearch.results.preparation import Preparation
+from evosearch.results.preparation import AS_SEARCHED, Preparation
 from evosearch.scoring.workload import settled_precision
 from evosearch.training import Checkpoint, TrainSettings, top1, train
-from evosearch.training.command import check_result, how_trained, whole, write_records
+from evosearch.training.baseline import trainable
+from evosearch.training.command import (
+    CHECKPOINT,
+    check_result,
+    how_trained,
+    whole,
+    write_records,
+)
 from evosearch.training.devices import on_device, training_device
 
 __all__ = ["FineTuned", "FineTuning", "fine_tune"]
-
-_KEPT = {"proxy.name": "recalibrated"}
-_BY_NORM = {"proxy.criterion": "l1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +35,13 @@ class FineTuning:
     """How to fine-tune; what is not said here is as in `TrainSettings`.
 
     Args:
-        start: How the network is prepared that training starts from; None for kept weights, the
-            channels of the largest L1 norm (or, of a blend, those that it names), with batch norm
-            recalibrated: fitted layers are better before training, and worse after it.
+        start: How the network is prepared that training starts from.
         distillation: Share of the loss that follows the dense network's outputs.
         precision: As in a recipe: `auto` is bfloat16 where the hardware computes in it.
         device: `cpu`, `cuda`, or `auto`.
     """
 
-    start: Preparation | None = None
+    start: Preparation = AS_SEARCHED
     epochs: int = 20
     batch_size: int = 128
     lr: float = 0.01
@@ -50,12 +52,6 @@ class FineTuning:
     seed: int = 0
     threads: int = 1
     device: str = "auto"
-
-    def preparation(self, row: Row) -> Preparation:
-        """How a policy's network is prepared."""
-        if self.start is not None:
-            return self.start
-        return Preparation(settings=_KEPT if row.policy.blend else {**_KEPT, **_BY_NORM})
 
     def settings(self, device: str) -> TrainSettings:
         """The same for the trainer, on a device.
@@ -87,7 +83,6 @@ class FineTuned:
         before: Held-out top-1 of the cut network before training.
         after: Top-1 of the trained one by part: `held out` and, if there are such images, `test`.
         dense: The same of the dense network.
-        searched: Validation top-1 of the network as the search prepared it, without training.
     """
 
     network: str
@@ -97,12 +92,11 @@ class FineTuned:
     before: float
     after: Mapping[str, float]
     dense: Mapping[str, float]
-    searched: float
 
     @property
     def in_vain(self) -> bool:
-        """Whether the network that the search had measured, untrained, was no worse."""
-        return self.after["held out"] <= self.searched
+        """Whether the network was no worse before."""
+        return self.after["held out"] <= self.before
 
 
 def fine_tune(
@@ -136,14 +130,22 @@ def fine_tune(
     settings = wanted.settings(device)
     with Ledger.open(run) as ledger:
         row = chosen_row(read_results(ledger), digits, run)
-        writer = NetworkWriter(run, ledger, wanted.preparation(row))
+        writer = NetworkWriter(run, ledger, wanted.start)
     make_parent(file)
     source = source_of(writer.recipe)
-    training, parts = whole(source.training()), _parts(source, told)
+    training, parts = whole(source.training()), _parts(source, writer.recipe.data.test, told)
+    for part, images in parts.items():
+        if images.pixels.shape[1:] != training.pixels.shape[1:] or not len(images):
+            raise DataError(
+                f"{part} images: {len(images)} of shape {images.pixels.shape[1:]}, wanted some of "
+                f"shape {training.pixels.shape[1:]} (height, width, channels)"
+            )
     # A copy: the writer's own is cut anew for every policy.
     found, _ = writer.prepare(row)
-    network = on_device(replace(found, module=copy.deepcopy(found.module)), device)
+    module = trainable(copy.deepcopy(found.module), like=writer.dense.module)
+    network = on_device(replace(found, module=module), device)
     dense = on_device(writer.dense, device)
+    reference = _measured(dense, parts)
     settings = replace(settings, crop_padding=network.input.crop_padding, flip=network.input.flip)
     before = top1(network, parts["held out"])
     told(
@@ -151,10 +153,11 @@ def fine_tune(
         f"{len(training)} images on {device} in {settings.precision}"
     )
     checkpoint = Checkpoint(
-        path=file.with_suffix(".checkpoint.pt"),
+        path=file.with_suffix(CHECKPOINT),
         about={
             "policy": row.policy.digest,
             "start": writer.prepared,
+            "proxy": writer.recipe.proxy.model_dump_json(),
             "dense network": writer.weights,
             "images": training.digest(),
         },
@@ -168,7 +171,7 @@ def fine_tune(
         checkpoint=checkpoint,
         report=told,
     )
-    after, reference = (_measured(each, parts) for each in (network, dense))
+    after = _measured(network, parts)
     facts: dict[str, Any] = {
         "run": str(run),
         "network": writer.dense.spec.name,
@@ -193,16 +196,19 @@ def fine_tune(
         before=before,
         after=after,
         dense=reference,
-        searched=1 - row.values["error"],
     )
 
 
-def _parts(source: DataSource, told: Callable[[object], object]) -> dict[str, Images]:
-    """What is measured, by name; many sources have no test images."""
+def _parts(
+    source: DataSource, named: str | None, told: Callable[[object], object]
+) -> dict[str, Images]:
+    """What is measured, by name; many sources have no test images, but those that are named are."""
     parts = {"held out": whole(source.held_out())}
     try:
         parts["test"] = whole(source.test())
     except DataError as exc:
+        if named:
+            raise
         told(f"held-out images alone will be measured: {exc}")
     return parts
 

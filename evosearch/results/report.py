@@ -1,5 +1,6 @@
 """Tables for the terminal. The only module, beside the command line, that imports rich."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,7 +36,7 @@ def front_table(results: Results) -> Table:
     if len(shown) < len(front):
         title += f" ({len(shown)} shown)"
     table = Table(title=title)
-    table.add_column("policy")
+    table.add_column("policy", no_wrap=True, min_width=len(front[0].policy.digest) if front else 0)
     metrics = _shown_metrics(results)
     costs = _shown_costs(results)
     for name in ("top-1", *metrics, *costs.values()):
@@ -84,10 +85,10 @@ def _timed_lines(results: Results) -> list[str]:
     for bound in (c.bound for c in results.goals.constraints if c.name == "latency"):
         over = sum(row.timed > bound for row in timed if row.timed is not None)
         if over:
-            less = bound / (1 + max(slowness, 0.01))
+            less = math.floor(1000 * bound / (1 + max(slowness, 0.01))) / 1000
             lines.append(
                 f"{'':18s} {over} of them more than {bound:g}; if that matters, "
-                f"search for {less:.2f}"
+                f"search for {less:.3f}"
             )
     return lines
 

@@ -102,7 +102,7 @@ def time_passes(
 
 
 def stand_in(table: GroupTable) -> LatencyModel:
-    """A model before anything is timed, as if MACs were seconds: what it cannot reach, none can."""
+    """A model before anything is timed, as if MACs were seconds: for checks of spelling alone."""
     keep = draw_widths(table, _POLICIES, 0)
     axes, layers = table.shapes()
     seconds = np.asarray(table.costs(keep)[0], dtype=np.float64)
@@ -137,6 +137,8 @@ def shares_of(
         part = keep[start : start + _TOGETHER]
         seconds = _SECONDS * (len(part) + 1) / _POLICIES
         found = seconds_of(network, plan, recipe, np.stack([plan.table.channels, *part]), seconds)
+        if not math.isfinite(found[0]):
+            raise ConfigError("latency: the dense network cannot be run here")
         for row, share in enumerate(found[1:] / found[0], start):
             if math.isfinite(share):
                 yield row, float(share)

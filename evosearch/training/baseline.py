@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from evosearch.data import Images, augment
 from evosearch.errors import BackendError, ConfigError
+from evosearch.files import write_atomically
 from evosearch.networks import Network
 
 __all__ = [
@@ -34,6 +35,10 @@ __all__ = [
     "trainable",
     "write_log",
 ]
+
+
+# More than any training has: seeds of two trainings have no epoch in common.
+_EPOCHS = 1_000_003
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +134,8 @@ def top1(network: Network, images: Images, batch_size: int = 500) -> float:
     """Share of images whose largest logit is their label, in float32."""
     network.module.eval()
     device = next(network.module.parameters()).device
+    height, width = images.pixels.shape[1:3]
+    batch_size = max(8, min(batch_size, batch_size * 32 * 32 // (height * width)))
     hits = 0
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
@@ -159,11 +166,16 @@ class Checkpoint:
         """Puts network and optimiser into the state of the file; returns its log.
 
         Raises:
-            ConfigError: It was made with other settings, or of something else.
+            ConfigError: It is damaged, was made with other settings, or of something else.
         """
         if not self.path.exists():
             return []
-        state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as exc:  # garbage makes the unpickler raise almost anything
+            raise ConfigError(
+                f"{self.path} is damaged and cannot be continued; remove the file to start over"
+            ) from exc
         # What an earlier version did not know is what it did without.
         before = {**asdict(TrainSettings()), **state["settings"]}
         # The number of threads changes speed and rounding, not what is trained.
@@ -203,11 +215,18 @@ class Checkpoint:
         scratch.replace(self.path)
 
 
-def trainable(module: nn.Module) -> nn.Module:
-    """The same network with trainable float32 parameters, in the memory order that suits it."""
-    module = module.float().to(memory_format=torch.channels_last)
-    for parameter in module.parameters():
-        parameter.requires_grad_()
+def trainable(module: nn.Module, like: nn.Module | None = None) -> nn.Module:
+    """The same network in float32, with parameters that can be trained.
+
+    Args:
+        module: Changed in place.
+        like: A network whose parameters have the same names: what is frozen there, stays frozen.
+    """
+    module = module.float()
+    flags = {name: p.requires_grad for name, p in like.named_parameters()} if like else {}
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(flags.get(name, True))
     return module
 
 
@@ -267,6 +286,8 @@ def train_epoch(
         ConfigError: The loss became infinite.
     """
     device = next(network.module.parameters()).device
+    # Of dropout, say: an epoch is the same whatever went before it.
+    torch.manual_seed(settings.seed * _EPOCHS + epoch)
     network.module.train()
     guided = teacher is not None and settings.distillation > 0
     # Sums stay on the device: reading one at each step would have a GPU wait.
@@ -331,7 +352,7 @@ def train(
             f"{settings.batch_size}; lower --batch-size"
         )
     torch.set_num_threads(settings.threads)
-    module = trainable(network.module)
+    module = network.module.to(memory_format=torch.channels_last)
     optimiser = make_optimiser(module, settings)
     log = checkpoint.load(settings, module, optimiser) if checkpoint else []
     for epoch in range(len(log), settings.epochs):
@@ -356,8 +377,12 @@ def train(
 def write_log(path: Path, log: list[EpochLog]) -> None:
     """Writes the log as CSV, one row per epoch."""
     rows = [asdict(line) for line in log]
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: round(v, 5) for k, v in row.items()})
+
+    def write(scratch: Path) -> None:
+        with scratch.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            for row in rows:
+                writer.writerow({k: round(v, 5) for k, v in row.items()})
+
+    write_atomically(path, write)

@@ -18,7 +18,11 @@ from evosearch.networks import NetworkSpec, build_module, load_network, save_wei
 from evosearch.training.baseline import Checkpoint, EpochLog, TrainSettings, top1, train, write_log
 from evosearch.training.devices import on_device, training_device
 
+CHECKPOINT = ".checkpoint.pt"
+"""Ends the name of the file beside the weights that a stopped training goes on from."""
+
 __all__ = [
+    "CHECKPOINT",
     "Trained",
     "check_result",
     "how_trained",
@@ -49,12 +53,17 @@ def check_result(file: Path, named: str) -> None:
     """Checks that weights can be written there, before anything is trained.
 
     Raises:
-        ConfigError: The name does not end with `.safetensors`, or the file exists; says `named`.
+        ConfigError: The name does not end with `.safetensors`, or that file, its log or its record
+            exists; says `named`.
     """
     if file.suffix != ".safetensors":
         raise ConfigError(f"{named} must end with .safetensors, got {file}")
-    if file.exists():
-        raise ConfigError(f"{named}: {file} exists; remove it or name another file")
+    others = (file.with_suffix(suffix) for suffix in (".json", ".log.csv"))
+    # Where a training was stopped, these may be its own.
+    going_on = file.with_suffix(CHECKPOINT).exists()
+    for each in (file, *(() if going_on else others)):
+        if each.exists():
+            raise ConfigError(f"{named}: {each} exists; remove it or name another file")
 
 
 def how_trained(settings: TrainSettings) -> dict[str, Any]:
@@ -115,7 +124,8 @@ def train_baseline(
             f"{spec.name} takes images of shape {network.input.shape}, {data} has "
             f"{images.pixels.shape[1:]} (height, width, channels)"
         )
-    checkpoint = Checkpoint(path=out.with_suffix(".checkpoint.pt"))
+    about = {"network": str(spec), "images": images.digest()}
+    checkpoint = Checkpoint(path=out.with_suffix(CHECKPOINT), about=about)
     log = train(network, images, held_out, settings, checkpoint=checkpoint, report=report)
     # Whose arrays come without test images has none.
     tested = options.test_path is not None or not data.endswith(".npz")

@@ -36,7 +36,7 @@ def finetune(
     """
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
-    module = trainable(network.module)
+    module = trainable(network.module).to(memory_format=torch.channels_last)
     try:
         optimiser = make_optimiser(module, settings)
         loss = np.nan

@@ -57,7 +57,7 @@ def test_a_network_of_a_run_is_fine_tuned_and_loads(cli: Cli, run: Path) -> None
     said = cli.here("finetune", "run", "fine/small.safetensors", *options)
     record = json.loads((cli.folder / "fine" / "small.json").read_text())
     assert record["policy"].startswith(policy)
-    assert record["start"] == "--set proxy.name=recalibrated --set proxy.criterion=l1"
+    assert record["start"] == "as in the search"
     assert record["settings"]["distillation"] == 0.9
     assert record["training_images"] == 1000
     log = pd.read_csv(cli.folder / "fine" / "small.log.csv")
@@ -100,8 +100,8 @@ def test_fine_tuning_can_be_stopped_and_continued(cli: Cli, run: Path, how: sign
         assert "the same command continues after the last whole epoch" in err
     other = cli.run(*again, "--distillation", "0.5", code=2).stderr
     assert "killed.checkpoint.pt was trained with distillation = 0.9, now it is 0.5" in other
-    other = cli.run(*again, "--as-searched", code=2).stderr
-    assert "now it is as in the search; remove the file to start over" in other
+    other = cli.run(*again, "--set", "proxy.criterion=l1", code=2).stderr
+    assert "now it is --set proxy.criterion=l1; remove the file to start over" in other
     cli.run(*again)
     states = [
         evosearch.load_pruned(cli.folder / f"{name}.safetensors").state_dict().values()
@@ -116,7 +116,7 @@ def test_a_search_for_one_budget_needs_no_name(cli: Cli, recipe: Callable[..., s
         *("--set", "space.project_onto={macs=0.5}", "--evaluations", "6"),
     )
     cli.here("launch", recipe(), "--out", "run", *changes)
-    options = ("--epochs", "1", "--batch-size", "100", "--distillation", "1", "--as-searched")
+    options = ("--epochs", "1", "--batch-size", "100", "--distillation", "1")
     cli.here("finetune", "run", "tuned.safetensors", *options)
     cli.here("export", "run", "small.safetensors")
     before, after = (
@@ -127,13 +127,13 @@ def test_a_search_for_one_budget_needs_no_name(cli: Cli, recipe: Callable[..., s
     assert not any(torch.equal(one, other) for one, other in pairs)
 
 
-def test_training_that_was_too_short_says_so(cli: Cli) -> None:
-    # The shipped network, whose searched networks are better than what a few steps can reach.
+def test_training_in_vain_says_so(cli: Cli) -> None:
+    # A network whose batch norm a few steps of that size unsettle.
     options = ("--workers", "0", "--evaluations", "3", "--set", "search.baseline=0")
     cli.here("launch", "quickstart", "--out", "run", *options, "--set", "data.validation=100")
     policy = ("--policy", small_policy(cli))
-    said = cli.here("finetune", "run", "short.safetensors", *policy, "--epochs", "1")
-    assert "this was too little training: as the search prepared it" in said.stderr
+    said = cli.here("finetune", "run", "short.safetensors", *policy, "--epochs", "1", "--lr", "1")
+    assert "the training left it no better than it was" in said.stderr
 
 
 REFUSED = (
@@ -145,7 +145,6 @@ REFUSED = (
     (("--precision", "half"), "precision is float32 or bfloat16, got 'half'"),
     (("--device", "tpu"), "--device is cpu, cuda, cuda:1 and so on, or auto, got 'tpu'"),
     (("--set", "data.validation=64"), "--set data.validation: networks of a run"),
-    (("--as-searched", "--set", "proxy.criterion=l1"), "exclude each other"),
     (("--batch-size", "2000"), "there are 1000 training images, less than one batch of 2000"),
 )
 
@@ -159,6 +158,32 @@ def test_fine_tuning_refuses_what_it_cannot_do(
         named = policy if options and "--policy" not in options else ()
         assert said in refused("finetune", "run", "w.safetensors", *named, *options), options
         assert not (cli.folder / "w.safetensors").exists()
+    (cli.folder / "there.json").touch()
+    assert "there.json exists" in refused("finetune", "run", "there.safetensors")
     (cli.folder / "there.safetensors").touch()
     assert "there.safetensors exists" in refused("finetune", "run", "there.safetensors")
     assert "FILE must end with .safetensors" in refused("finetune", "run", "there.pt")
+
+
+@pytest.mark.parametrize("test", [np.zeros((0, 32, 32, 3)), np.zeros((4, 32, 32, 1)), None])
+def test_test_images_that_do_not_fit_are_told_before_training(
+    cli: Cli, recipe: Callable[..., str], refused: Callable[..., str], test: np.ndarray | None
+) -> None:
+    from evosearch.data import open_source
+
+    found = open_source("cifar10-sample").training().take(np.arange(300))
+    np.savez(cli.folder / "mine.npz", images=found.pixels, labels=found.labels)
+    labels = np.zeros(4, dtype=np.int64)
+    np.savez(cli.folder / "test.npz", images=found.pixels[:4], labels=labels)
+    changes = ("data.name=mine.npz", "data.test=test.npz", "data.validation=20")
+    options = [part for change in changes for part in ("--set", change)]
+    more = ("--set", "data.check=0", "--set", "search.baseline=0", "--evaluations", "4")
+    cli.here("launch", recipe(), "--out", "run", *options, *more)
+    (cli.folder / "test.npz").unlink()
+    if test is not None:
+        file = cli.folder / "test.npz"
+        np.savez(file, images=test.astype(np.uint8), labels=labels[: len(test)])
+    policy = ("--policy", small_policy(cli))
+    said = refused("finetune", "run", "w.safetensors", *policy, "--epochs", "1")
+    assert "test" in said
+    assert not (cli.folder / "w.checkpoint.pt").exists()

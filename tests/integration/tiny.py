@@ -33,6 +33,12 @@ def weigh(module: nn.Module, images: Tensor) -> float:
     return 1e-6 * len(images) * sum(p.numel() for p in module.parameters())
 
 
+def weigh_and_trip(module: nn.Module, images: Tensor) -> float:
+    """As `weigh`, but some widths, which no sum of terms foresees, take half as long again."""
+    odd = sum(len(p) for p in module.parameters()) % 2
+    return weigh(module, images) * (1.5 if odd else 1.0)
+
+
 class _Trap(Tiny):
     """Springs when the first layer has become narrower than the half that tracing tries."""
 

@@ -310,10 +310,12 @@ def test_a_network_without_parameters_has_nothing_to_prune() -> None:
         ({"space": {"project_onto": {"latency": 0.5}, "sparsty": 0.5}}, "sparsty"),
         ({"search": {"algorithm": "nsga3"}}, "nsga3"),
         ({"search": {"algorithm": "de"}}, "de"),
+        ({"proxy": {"criterion": "nonsense"}}, "nonsense"),
+        ({"search": {"constraints": ["macs <= 0.0001"]}}, "macs"),
     ],
 )
 def test_a_wrong_word_is_told_before_anything_is_timed(tables: dict[str, Any], said: str) -> None:
     # The stopwatch fails at its first use.
-    with pytest.raises(ConfigError, match=said) as refused:
+    with pytest.raises((ConfigError, BudgetUnreachable), match=said) as refused:
         assemble(timed("never", **tables))
     assert "no device" not in str(refused.value)

@@ -14,7 +14,7 @@ from evosearch.data import Images, open_source
 from evosearch.errors import BackendError, ConfigError
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.training import Checkpoint, TrainSettings, train
-from evosearch.training.baseline import _loss
+from evosearch.training.baseline import _loss, trainable
 from evosearch.training.devices import training_device
 
 TINY = Path(__file__).parents[1] / "integration" / "tiny.py"
@@ -156,3 +156,38 @@ def test_devices_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
         training_device("cuda")
     with pytest.raises(ConfigError, match="--device is cpu, cuda"):
         training_device("gpu")
+
+
+def test_what_is_frozen_stays_frozen(small: Network, images: Images) -> None:
+    small.module.features[0].weight.requires_grad_(requires_grad=False)
+    after = trained(small, images)
+    assert torch.equal(after["features.0.weight"], small.module.features[0].weight)
+    cut = copy.deepcopy(small.module).requires_grad_(requires_grad=False)
+    found = dict(trainable(cut, like=small.module).named_parameters())
+    frozen = [name for name, parameter in found.items() if not parameter.requires_grad]
+    assert frozen == ["features.0.weight"]
+
+
+def test_dropout_is_the_same_after_a_restart(
+    small: Network, images: Images, tmp_path: Path
+) -> None:
+    small.module.classifier = nn.Sequential(nn.Dropout(0.5), small.module.classifier)
+    whole = trained(small, images)
+    lines: list[object] = []
+
+    def stop(line: object) -> None:
+        lines.append(line)
+        if len(lines) == 1:
+            raise KeyboardInterrupt
+
+    checkpoint = Checkpoint(path=tmp_path / "c.pt")
+    with pytest.raises(KeyboardInterrupt):
+        trained(small, images, checkpoint=checkpoint, report=stop)
+    torch.rand(7)  # whatever happened in between
+    assert same(trained(small, images, checkpoint=checkpoint), whole)
+
+
+def test_damaged_checkpoint_is_told(small: Network, images: Images, tmp_path: Path) -> None:
+    (tmp_path / "c.pt").touch()
+    with pytest.raises(ConfigError, match=r"c\.pt is damaged and cannot be continued"):
+        trained(small, images, checkpoint=Checkpoint(path=tmp_path / "c.pt"))
