@@ -450,20 +450,21 @@ def finetune(
     """
     from evosearch.finetuning import FineTuning, fine_tune
     from evosearch.results.preparation import Preparation
+    from evosearch.training import TrainSettings
 
-    wanted = FineTuning(
-        start=Preparation(settings=_changes(settings)),
+    training = TrainSettings(
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
+        warmup_epochs=0.0,
         weight_decay=weight_decay,
         distillation=distillation,
         temperature=temperature,
-        precision=precision,
         seed=seed,
         threads=threads,
-        device=device,
     )
+    start = Preparation(settings=_changes(settings))
+    wanted = FineTuning(training=training, start=start, precision=precision, device=device)
     try:
         done = fine_tune(run, file, policy, wanted, _stderr)
     except KeyboardInterrupt:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evosearch.data import DataSource, Images
+from evosearch.data import Images
 from evosearch.errors import DataError
 from evosearch.files import make_parent
 from evosearch.ledger import Ledger
 from evosearch.materials import source_of
 from evosearch.networks import Network
+from evosearch.recipe import Recipe
 from evosearch.results.front import read_results
 from evosearch.results.networks import NetworkWriter, chosen_row
 from evosearch.results.preparation import AS_SEARCHED, Preparation
@@ -32,45 +33,19 @@ __all__ = ["FineTuned", "FineTuning", "fine_tune"]
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuning:
-    """How to fine-tune; what is not said here is as in `TrainSettings`.
+    """How to fine-tune.
 
     Args:
+        training: Settings of the trainer; crops, flips and precision are settled later.
         start: How the network is prepared that training starts from.
-        distillation: Share of the loss that follows the dense network's outputs.
         precision: As in a recipe: `auto` is bfloat16 where the hardware computes in it.
         device: `cpu`, `cuda`, or `auto`.
     """
 
+    training: TrainSettings
     start: Preparation = AS_SEARCHED
-    epochs: int = 20
-    batch_size: int = 128
-    lr: float = 0.01
-    weight_decay: float = 5e-4
-    distillation: float = 0.9
-    temperature: float = 4.0
     precision: str = "auto"
-    seed: int = 0
-    threads: int = 1
     device: str = "auto"
-
-    def settings(self, device: str) -> TrainSettings:
-        """The same for the trainer, on a device.
-
-        Raises:
-            ConfigError: A value is impossible.
-        """
-        return TrainSettings(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            warmup_epochs=0.0,
-            weight_decay=self.weight_decay,
-            distillation=self.distillation,
-            temperature=self.temperature,
-            precision=settled_precision(self.precision, gpu=device != "cpu"),
-            seed=self.seed,
-            threads=self.threads,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +84,10 @@ def fine_tune(
     """Trains a network of a run and writes `file`, which `load_pruned` reads.
 
     The images are the run's: the whole training part is trained on, crops and flips are those of
-    the recipe; the held-out part is measured after every epoch, for the log alone; the test part,
-    if there is one, once, after the last. A log and a record, `.log.csv` and `.json`, lie beside
-    the weights. A call that was stopped continues, where it is made again, after the last epoch.
+    the recipe; the held-out part is measured after every epoch, for the log alone; on the test
+    part, if there is one, the trained network is measured once, after the last. A log and a record,
+    `.log.csv` and `.json`, lie beside the weights. A call that was stopped continues, where it is
+    made again, after the last epoch.
 
     Args:
         run: Directory of the run.
@@ -127,41 +103,33 @@ def fine_tune(
     """
     check_result(file, "FILE")
     device = training_device(wanted.device)
-    settings = wanted.settings(device)
+    precision = settled_precision(wanted.precision, gpu=device != "cpu")
+    settings = replace(wanted.training, precision=precision)
     with Ledger.open(run) as ledger:
         row = chosen_row(read_results(ledger), digits, run)
         writer = NetworkWriter(run, ledger, wanted.start)
     make_parent(file)
-    source = source_of(writer.recipe)
-    training, parts = whole(source.training()), _parts(source, writer.recipe.data.test, told)
-    for part, images in parts.items():
-        if images.pixels.shape[1:] != training.pixels.shape[1:] or not len(images):
-            raise DataError(
-                f"{part} images: {len(images)} of shape {images.pixels.shape[1:]}, wanted some of "
-                f"shape {training.pixels.shape[1:]} (height, width, channels)"
-            )
+    training, parts = _images(writer.recipe, told)
     # A copy: the writer's own is cut anew for every policy.
     found, _ = writer.prepare(row)
     module = trainable(copy.deepcopy(found.module), like=writer.dense.module)
     network = on_device(replace(found, module=module), device)
     dense = on_device(writer.dense, device)
     reference = _measured(dense, parts)
-    settings = replace(settings, crop_padding=network.input.crop_padding, flip=network.input.flip)
     before = top1(network, parts["held out"])
     told(
         f"{row.policy.digest}: {writer.described(row)}; held out {before:.2%} before training, "
-        f"{len(training)} images on {device} in {settings.precision}"
+        f"{len(training)} images on {device} in {precision}"
     )
-    checkpoint = Checkpoint(
-        path=file.with_suffix(CHECKPOINT),
-        about={
-            "policy": row.policy.digest,
-            "start": writer.prepared,
-            "proxy": writer.recipe.proxy.model_dump_json(),
-            "dense network": writer.weights,
-            "images": training.digest(),
-        },
-    )
+    settings = replace(settings, crop_padding=network.input.crop_padding, flip=network.input.flip)
+    about = {
+        "policy": row.policy.digest,
+        "start": writer.prepared,
+        "proxy": writer.recipe.proxy.model_dump_json(),
+        "dense network": writer.weights,
+        "images": training.digest(),
+    }
+    checkpoint = Checkpoint(path=file.with_suffix(CHECKPOINT), about=about)
     log = train(
         network,
         training,
@@ -199,18 +167,29 @@ def fine_tune(
     )
 
 
-def _parts(
-    source: DataSource, named: str | None, told: Callable[[object], object]
-) -> dict[str, Images]:
-    """What is measured, by name; many sources have no test images, but those that are named are."""
-    parts = {"held out": whole(source.held_out())}
+def _images(recipe: Recipe, told: Callable[[object], object]) -> tuple[Images, dict[str, Images]]:
+    """What is trained on, and what is measured on, by name.
+
+    Many sources have no test images, but those that a recipe names are wanted.
+
+    Raises:
+        DataError: Images cannot be read, or those of one part cannot be shown to the network.
+    """
+    source = source_of(recipe)
+    training, parts = whole(source.training()), {"held out": whole(source.held_out())}
     try:
         parts["test"] = whole(source.test())
     except DataError as exc:
-        if named:
+        if recipe.data.test:
             raise
         told(f"held-out images alone will be measured: {exc}")
-    return parts
+    for part, images in parts.items():
+        if images.pixels.shape[1:] != training.pixels.shape[1:] or not len(images):
+            raise DataError(
+                f"{part} images: {len(images)} of shape {images.pixels.shape[1:]}, wanted some of "
+                f"shape {training.pixels.shape[1:]} (height, width, channels)"
+            )
+    return training, parts
 
 
 def _measured(network: Network, parts: Mapping[str, Images]) -> dict[str, float]:

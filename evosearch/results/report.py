@@ -62,10 +62,10 @@ def _shown_metrics(results: Results) -> list[str]:
 
 
 def _shown_costs(results: Results) -> dict[str, str]:
-    """Titles of costs by name; latency where it is known, and beside what is foreseen, if timed."""
+    """Titles of costs by name; latency where it is foreseen, and, if it was timed, that."""
     latency = {"latency": "latency"} if "latency" in results.dense else {}
     if any(row.timed is not None for row in results.front):
-        latency = {"latency": "foreseen", _TIMED: "latency"}
+        latency[_TIMED] = "timed"
     return {**latency, "macs": "MACs", "params": "params"}
 
 
@@ -81,7 +81,8 @@ def _timed_lines(results: Results) -> list[str]:
         return []
     timed = [row for row in results.front if row.timed is not None]
     how = f"{abs(slowness):.1%} {'longer' if slowness >= 0 else 'less'} than foreseen"
-    lines = [f"timed              {len(timed)} networks of the front took {how}, on average"]
+    what = "the network" if len(timed) == 1 else f"{len(timed)} networks"
+    lines = [f"timed              {what} of the front took {how}, on average"]
     for bound in (c.bound for c in results.goals.constraints if c.name == "latency"):
         over = sum(row.timed > bound for row in timed if row.timed is not None)
         if over:
