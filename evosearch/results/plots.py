@@ -27,9 +27,13 @@ _LABELS = {
 
 
 def _axes(results: Results) -> tuple[str, list[str]]:
-    """What to draw: a cost to the right; upwards what was minimised, and what people know."""
+    """What to draw: a cost to the right; upwards what was minimised, and what people know.
+
+    The cost is one that was minimised or else bounded; MACs where none was.
+    """
     names = results.goals.objectives
     costs = [name for name in names if name in COSTS]
+    costs += [constraint.name for constraint in results.goals.cost_constraints]
     metrics = [name for name in names if name not in COSTS]
     return (costs or ["macs"])[0], list(dict.fromkeys((*metrics[:1], "error")))
 

@@ -1,5 +1,6 @@
 """Pictures of a run show what people read, beside what was minimised."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ from PIL import Image
 from evosearch.measurement import METRICS, Status
 from evosearch.policy import Policy
 from evosearch.results.front import Results, Row
-from evosearch.results.plots import plot_front
-from evosearch.scoring.objectives import Goals
+from evosearch.results.plots import _axes, plot_front
+from evosearch.scoring.objectives import Constraint, Goals
 
 
 def results(objectives: tuple[str, ...]) -> Results:
@@ -62,3 +63,18 @@ def test_a_front_by_another_metric_has_a_panel_for_error(
         for number in range(panels):
             part = image.convert("L").crop((900 * number + 200, 100, 900 * number + 800, 500))
             assert np.asarray(part).min() < 128
+
+
+@pytest.mark.parametrize(
+    ("objectives", "constraint", "shown"),
+    [
+        (("distortion",), "latency <= 0.8", "latency"),
+        (("distortion", "params"), "latency <= 0.8", "params"),
+        (("distortion",), "error <= 0.5", "macs"),
+    ],
+)
+def test_a_front_lies_over_the_cost_that_counted(
+    objectives: tuple[str, ...], constraint: str, shown: str
+) -> None:
+    goals = Goals(objectives=objectives, constraints=(Constraint.parse(constraint),))
+    assert _axes(replace(results(objectives), goals=goals))[0] == shown
