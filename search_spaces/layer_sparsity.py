@@ -28,6 +28,9 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+# Rows times genes that are projected together: what they need stays in a processor's cache.
+_PROJECTED_AT_ONCE = 4096
+
 
 class ProjectOnto(BaseModel):
     """A budget that every policy spends."""
@@ -118,6 +121,7 @@ class LayerSparsity:
         self._gene_of = np.empty(len(table.groups), dtype=np.int64)
         for gene, members in enumerate(self._members):
             self._gene_of[list(members)] = gene
+        self._groups = np.arange(len(table.groups))
         self._levels = [self._admissible(int(c)) for c in table.channels]
         self._check_budget()
 
@@ -210,13 +214,32 @@ class LayerSparsity:
         """The most channels that the bounds allow."""
         return Policy(tuple(int(levels[-1]) for levels in self._levels))
 
+    @cached_property
+    def _nearest(self) -> IntArray:
+        """`(n_groups, n)` nearest admissible width of each half channel; ties keep more."""
+        halves = np.arange(2 * int(self._table.channels.max(initial=0)) + 1) / 2
+        # Levels are whole, so that what lies between two of them changes at whole halves.
+        return np.stack(
+            [
+                levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, halves, side="right")]
+                for levels in self._levels
+            ]
+        )
+
+    @cached_property
+    def _wider(self) -> IntArray:
+        """`(n_groups, n)` next admissible width of each width; the widest stays."""
+        widths = np.arange(int(self._table.channels.max(initial=0)) + 1)
+        return np.stack(
+            [
+                levels[np.searchsorted(levels, widths, side="right").clip(max=len(levels) - 1)]
+                for levels in self._levels
+            ]
+        )
+
     def _round(self, wanted: FloatArray) -> IntArray:
         """Nearest admissible widths of `(n, n_groups)` wished-for ones; ties keep more."""
-        keep = np.empty(wanted.shape, dtype=np.int64)
-        for group, levels in enumerate(self._levels):
-            middles = (levels[1:] + levels[:-1]) / 2
-            keep[:, group] = levels[np.searchsorted(middles, wanted[:, group], side="right")]
-        return keep
+        return np.asarray(self._nearest[self._groups, (2 * wanted).astype(np.int64)])
 
     @cached_property
     def _budget(self) -> tuple[str, float]:
@@ -228,7 +251,7 @@ class LayerSparsity:
 
     def _spent(self, keep: IntArray) -> FloatArray:
         """`(n,)` shares of the projected cost."""
-        return self._table.shares(keep)[self._budget[0]]
+        return self._table.share(self._budget[0], keep)
 
     def _check_budget(self) -> None:
         if self.options.project_onto is None:
@@ -248,6 +271,11 @@ class LayerSparsity:
 
     def _project(self, wanted: FloatArray) -> IntArray:
         """Scales `(n, n_groups)` wished-for widths so that each row spends the budget."""
+        parts = np.array_split(wanted, -(-len(wanted) * self.n_genes // _PROJECTED_AT_ONCE) or 1)
+        return np.concatenate([self._spend_rest(*self._scaled(part)) for part in parts])
+
+    def _scaled(self, wanted: FloatArray) -> tuple[IntArray, FloatArray]:
+        """Widths within the budget by one factor per row, and what they miss."""
         limit = self._budget[1]
         # Where a group asks for next to nothing, no factor would ever open it.
         wanted = np.maximum(wanted, 1e-3 * self._table.channels)
@@ -262,37 +290,42 @@ class LayerSparsity:
             fits = self._spent(rounded(np.exp(middle))) <= limit
             low, high = np.where(fits, middle, low), np.where(fits, high, middle)
         keep = rounded(np.exp(low))
-        missing = np.minimum(wanted * np.exp(high)[:, None], self._table.channels) - keep
-        return self._spend_rest(keep, missing)
+        return keep, np.minimum(wanted * np.exp(high)[:, None], self._table.channels) - keep
 
     def _spend_rest(self, keep: IntArray, missing: FloatArray) -> IntArray:
         """Widens genes of `(n, n_groups)` widths, a level at a time, while the budget allows.
 
         Genes that miss most have their turn first, in turns until none can grow.
         """
-        limit = self._budget[1]
-        keep, rows = keep.copy(), np.arange(len(keep))
+        keep = keep.copy()
         most = np.stack([missing[:, list(members)].sum(axis=1) for members in self._members], 1)
         order = np.argsort(-most, axis=1, kind="stable")
-        while len(rows):
-            grown = np.zeros(len(rows), dtype=np.bool_)
-            for turn in range(self.n_genes):
-                turns = self._gene_of[None] == order[rows, turn][:, None]
-                wider = np.where(turns, self._one_level_wider(keep[rows]), keep[rows])
-                fits = self._spent(wider) <= limit
-                grows = fits & (wider > keep[rows]).any(axis=1)
+        # What does not fit by itself never will: other genes only grow, and costs with them.
+        open_genes = self._can_grow(keep)
+        while open_genes.any():
+            turns = np.take_along_axis(open_genes, order, axis=1)
+            queue = np.take_along_axis(order, np.argsort(~turns, axis=1, kind="stable"), axis=1)
+            left = turns.sum(axis=1)
+            for turn in range(int(left.max())):
+                rows = np.flatnonzero(left > turn)
+                genes = queue[rows, turn]
+                wider, grows = self._grown(keep[rows], genes)
                 keep[rows[grows]] = wider[grows]
-                grown |= grows
-            rows = rows[grown]
+                open_genes[rows, genes] = grows
         return keep
 
-    def _one_level_wider(self, keep: IntArray) -> IntArray:
-        """`(n, n_groups)` widths, each at its next level if there is one."""
-        wider = np.empty_like(keep)
-        for group, levels in enumerate(self._levels):
-            places = np.searchsorted(levels, keep[:, group], side="right")
-            wider[:, group] = levels[np.minimum(places, len(levels) - 1)]
-        return wider
+    def _can_grow(self, keep: IntArray) -> NDArray[np.bool_]:
+        """`(n, n_genes)`: whether a gene could grow by a level, were it the only one."""
+        each = np.repeat(keep, self.n_genes, axis=0)
+        _, grows = self._grown(each, np.tile(np.arange(self.n_genes), len(keep)))
+        return grows.reshape(len(keep), self.n_genes)
+
+    def _grown(self, keep: IntArray, genes: IntArray) -> tuple[IntArray, NDArray[np.bool_]]:
+        """Widths with one gene of each row a level wider, and whether it grew within the budget."""
+        turns = self._gene_of[None] == genes[:, None]
+        wider = np.where(turns, self._wider[self._groups, keep], keep)
+        grows = (wider > keep).any(axis=1) & (self._spent(wider) <= self._budget[1])
+        return wider, grows
 
 
 def _van_der_corput(k: int) -> float:
