@@ -2,8 +2,9 @@
 
 Networks of random widths are cut and timed in turns. A model is fitted to 64 of them, as
 `evosearch launch` does where a latency is a goal, and a line over MACs to the same ones. Of the
-others, which no fit has seen: mean and largest relative error of both, Kendall's tau with the
-measured order, and how long the one with about half of the MACs takes.
+others, which no fit has seen: mean relative error of both, of those with widths about a level and
+of those with uneven ones; Kendall's tau with the measured order; and how long the one with about
+half of the MACs takes.
 
 With `--search IMAGES`, the published ResNet-20 is searched by distortion and latency, with so many
 images per pass, and by distortion and MACs. The fronts of a seed are timed in turns, together with
@@ -51,12 +52,16 @@ def compared(name: str, images: int, options: Any) -> dict[str, Any]:
     network = load_network(NetworkSpec(name=name))
     plan = trace(network)
     table = plan.table
-    keep = draw_widths(table, FITTED + options.timed, 0, options.round_to)
+    fresh = draw_widths(table, 1 + options.timed, 1, options.round_to)[1:]
+    keep = np.concatenate([draw_widths(table, FITTED, 0, options.round_to), fresh])
     start = time.perf_counter()
     seconds = seconds_of(network, plan, LatencyRecipe(images=images), keep)
     spent = time.perf_counter() - start
     shares = table.shares(keep)["macs"]
     fitted, other = slice(FITTED), slice(FITTED, None)
+    # As draw_widths divides them, less the dense one.
+    uneven = np.arange(1, 1 + options.timed) >= (1 + options.timed) // 2
+    kinds = {"level": ~uneven, "uneven": uneven}
     axes, layers = table.shapes()
     model = fit_latency(axes, layers, table.channels.tolist(), keep[fitted], seconds[fitted])
     line = np.polyfit(shares[fitted], seconds[fitted], 1, w=1 / seconds[fitted])
@@ -65,7 +70,7 @@ def compared(name: str, images: int, options: Any) -> dict[str, Any]:
         "line over MACs": np.polyval(line, shares[other]),
     }
     macs, found = shares[other], seconds[other]
-    errors = {key: np.abs(guess / found - 1) for key, guess in guesses.items()}
+    errors = {key: guess / found - 1 for key, guess in guesses.items()}
     half = int(np.abs(macs - 0.5).argmin())
     return {
         "network": name,
@@ -73,13 +78,20 @@ def compared(name: str, images: int, options: Any) -> dict[str, Any]:
         "dense_ms": 1e3 * float(seconds[0]),
         "timing_seconds": spent,
         "out_of_fold": model.error,
-        "mean_error": {key: float(error.mean()) for key, error in errors.items()},
-        "largest_error": {key: float(error.max()) for key, error in errors.items()},
+        "mean_error": {
+            key: {kind: float(np.abs(error[rows]).mean()) for kind, rows in kinds.items()}
+            for key, error in errors.items()
+        },
+        "mean_excess": {
+            key: {kind: float(error[rows].mean()) for kind, rows in kinds.items()}
+            for key, error in errors.items()
+        },
+        "largest_error": {key: float(np.abs(error).max()) for key, error in errors.items()},
         "tau": {key: float(kendalltau(guess, found).statistic) for key, guess in guesses.items()},
         "half": {"macs": float(macs[half]), "time": float(found[half] / seconds[0])},
         "others": [
-            {"macs": float(m), "seconds": float(s), "foreseen": float(f)}
-            for m, s, f in zip(macs, found, guesses["model"], strict=True)
+            {"macs": float(m), "seconds": float(s), "foreseen": float(f), "uneven": bool(u)}
+            for m, s, f, u in zip(macs, found, guesses["model"], uneven, strict=True)
         ],
     }
 
@@ -196,7 +208,7 @@ def main() -> None:
 
 def report(rows: list[dict[str, Any]], timed: int) -> None:
     """A table of how well times are foreseen."""
-    columns = ("network", "images", "dense ms", "error", "largest", "line over MACs", "largest")
+    columns = ("network", "images", "dense ms", "error", "uneven", "line over MACs", "uneven")
     show(
         f"Seconds of {timed} networks that were not fitted, one thread",
         (*columns, "tau", "tau of MACs", "half of the MACs"),
@@ -206,9 +218,9 @@ def report(rows: list[dict[str, Any]], timed: int) -> None:
                 row["images"],
                 row["dense_ms"],
                 *(
-                    f"{row[part][key]:.1%}"
+                    f"{row['mean_error'][key][kind]:.1%}"
                     for key in row["tau"]
-                    for part in ("mean_error", "largest_error")
+                    for kind in ("level", "uneven")
                 ),
                 *row["tau"].values(),
                 f"{row['half']['macs']:.0%}: {row['half']['time']:.0%}",

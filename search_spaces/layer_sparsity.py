@@ -297,28 +297,21 @@ class LayerSparsity:
 
         Genes that miss most have their turn first, in turns until none can grow.
         """
-        keep = keep.copy()
         most = np.stack([missing[:, list(members)].sum(axis=1) for members in self._members], 1)
         order = np.argsort(-most, axis=1, kind="stable")
-        # What does not fit by itself never will: other genes only grow, and costs with them.
-        open_genes = self._can_grow(keep)
+        keep, turn = keep.copy(), np.zeros(len(keep), dtype=np.int64)
+        # What does not fit will never: other genes only grow, and costs with them.
+        open_genes = np.ones(order.shape, dtype=np.bool_)
         while open_genes.any():
-            turns = np.take_along_axis(open_genes, order, axis=1)
-            queue = np.take_along_axis(order, np.argsort(~turns, axis=1, kind="stable"), axis=1)
-            left = turns.sum(axis=1)
-            for turn in range(int(left.max())):
-                rows = np.flatnonzero(left > turn)
-                genes = queue[rows, turn]
-                wider, grows = self._grown(keep[rows], genes)
-                keep[rows[grows]] = wider[grows]
-                open_genes[rows, genes] = grows
+            rows, genes = np.nonzero(open_genes)
+            open_genes[rows, genes] = self._grown(keep[rows], genes)[1]
+            ahead = (np.arange(self.n_genes) - turn[:, None]) % self.n_genes
+            ahead[~np.take_along_axis(open_genes, order, axis=1)] = self.n_genes
+            next_turn = ahead.argmin(axis=1)
+            rows = np.flatnonzero(open_genes.any(axis=1))
+            keep[rows], _ = self._grown(keep[rows], order[rows, next_turn[rows]])
+            turn = next_turn + 1
         return keep
-
-    def _can_grow(self, keep: IntArray) -> NDArray[np.bool_]:
-        """`(n, n_genes)`: whether a gene could grow by a level, were it the only one."""
-        each = np.repeat(keep, self.n_genes, axis=0)
-        _, grows = self._grown(each, np.tile(np.arange(self.n_genes), len(keep)))
-        return grows.reshape(len(keep), self.n_genes)
 
     def _grown(self, keep: IntArray, genes: IntArray) -> tuple[IntArray, NDArray[np.bool_]]:
         """Widths with one gene of each row a level wider, and whether it grew within the budget."""

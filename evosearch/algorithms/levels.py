@@ -134,17 +134,21 @@ class LevelMoves:
 
     def _at_cost(self, start: IntArray, end: IntArray, target: FloatArray) -> IntArray:
         """The point between start and end whose cost is nearest to the target, by bisection."""
-        low, high = np.zeros(len(start)), np.ones(len(start))
-        costs = self.costs(start)
-        too_dear = costs > target
-        best, excess = start.copy(), np.abs(costs - target)
+        parts = 2**_HALVINGS
+        # All points that may be tried are decoded together: one call costs much less than some.
+        share = np.arange(parts)[:, None, None] / parts
+        points = start + np.rint(share * (end - start)).astype(np.int64)
+        all_costs = self.costs(points.reshape(-1, start.shape[1])).reshape(parts, -1)
+        low, high = np.zeros(len(start), dtype=np.int64), np.full(len(start), parts)
+        rows = np.arange(len(start))
+        too_dear = all_costs[0] > target
+        best, excess = low.copy(), np.abs(all_costs[0] - target)
         for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            tried = start + np.rint(middle[:, None] * (end - start)).astype(np.int64)
-            costs = self.costs(tried)
+            middle = (low + high) // 2
+            costs = all_costs[middle, rows]
             nearer = np.abs(costs - target) < excess
-            best = np.where(nearer[:, None], tried, best)
+            best = np.where(nearer, middle, best)
             excess = np.where(nearer, np.abs(costs - target), excess)
             further = (costs > target) == too_dear
             low, high = np.where(further, middle, low), np.where(further, high, middle)
-        return best
+        return np.asarray(points[best, rows])

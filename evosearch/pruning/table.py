@@ -151,8 +151,8 @@ class GroupTable:
         return slope, fixed
 
     @cached_property
-    def _quadratic(self) -> FloatArray:
-        """`(2, n_groups + 1, n_groups + 1)`: MACs and parameters are `k @ q @ k`, k = (keep, 1).
+    def _quadratic(self) -> tuple[tuple[FloatArray, FloatArray, float], ...]:
+        """MACs and parameters are `keep @ square @ keep + linear @ keep + constant`.
 
         A layer costs the product of two widths, each linear in what is kept.
         """
@@ -167,7 +167,14 @@ class GroupTable:
             found += np.array([layer.macs, layer.weights])[:, None, None] * pair
             found[1, -1] += layer.per_output * width[layer.out_axis]
         found[1, -1, -1] += self.other_params
-        return found.astype(np.float64)
+        return tuple(
+            (
+                q[:-1, :-1].astype(np.float64),
+                (q[-1, :-1] + q[:-1, -1]).astype(np.float64),
+                float(q[-1, -1]),
+            )
+            for q in found
+        )
 
     @property
     def dense(self) -> Policy:
@@ -206,10 +213,11 @@ class GroupTable:
     def _cost(self, keep: IntArray, which: int) -> IntArray:
         keep = np.asarray(keep, dtype=np.int64)
         check_shape(keep, "keep", ("n", len(self.groups)))
-        counts = np.concatenate([keep, np.ones((len(keep), 1))], axis=1)
+        square, linear, constant = self._quadratic[which]
         # Sums of products of whole numbers, none negative: exact up to 2**53, and much faster
         # than in integers.
-        spent = ((counts @ self._quadratic[which]) * counts).sum(axis=1)
+        counts = keep.astype(np.float64)
+        spent = ((counts @ square + linear) * counts).sum(axis=1) + constant
         return np.asarray(spent.astype(np.int64))
 
     def costs_of(self, policies: Sequence[Policy]) -> tuple[IntArray, IntArray]:

@@ -52,6 +52,12 @@ def test_costs_of_many_policies_are_those_of_each(table: GroupTable) -> None:
     assert (macs[1], params[1]) == table.dense_costs
 
 
+@pytest.mark.parametrize("name", ["macs", "params"])
+def test_one_share_is_that_of_all(table: GroupTable, name: str) -> None:
+    keep = np.array([table.channels, (table.channels + 1) // 2, np.ones_like(table.channels)])
+    assert table.share(name, keep).tobytes() == table.shares(keep)[name].tobytes()
+
+
 def test_costs_of_no_policies_are_empty(table: GroupTable) -> None:
     assert [len(costs) for costs in table.costs_of([])] == [0, 0]
 
