@@ -155,7 +155,8 @@ def seconds_of(
 
     A shared machine is now fast and now slow, by half as much again. So each policy is timed beside
     a reference that keeps half of all channels; the median of their ratios counts. They take turns
-    until `most_seconds` are over, twice at least.
+    until `most_seconds` are over, twice at least; no longer if the stopwatch, which may as well
+    compute times, says the same twice.
 
     Raises:
         ConfigError: There is no such stopwatch, it does not return seconds, or the reference cannot
@@ -177,6 +178,8 @@ def seconds_of(
                 beside.append(_seconds(stopwatch, reference, half, images))
                 turn.append(_seconds(stopwatch, cutter, row, images) / beside[-1])
             ratios.append(turn)
+            if len(ratios) >= _LEAST_TURNS and ratios[-1] == ratios[-2]:
+                break
     if not math.isfinite(min(beside)):
         raise ConfigError(
             "latency: with half of all channels the network cannot be run; leave latency out of "

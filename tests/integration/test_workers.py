@@ -41,7 +41,7 @@ def test_ray_and_the_process_measure_the_same_bits(cli: Cli, recipe: Callable[..
 
 
 def failures(cli: Cli, recipe: str, *options: str) -> list[Measurement]:
-    cli.run("launch", recipe, "--out", "run", "--evaluations", "12", "--workers", "2", *options)
+    cli.run("launch", recipe, "--out", "run", "--evaluations", "6", "--workers", "2", *options)
     found = measured(cli.folder / "run").values()
     assert any(m.ok for m in found)
     return [m for m in found if not m.ok]
