@@ -84,6 +84,7 @@ def main() -> None:
     rows = []
     for network in options.networks:
         table = trace(load_network(NetworkSpec(name=network))).table
+        timed("surrogate", table, {}, 0, 16)  # imports
         for name, (kind, space) in itertools.product(POPULATIONS, SPACES.items()):
             found = [
                 timed(name, table, space, seed, options.evaluations)
