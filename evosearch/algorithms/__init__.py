@@ -109,6 +109,8 @@ def _options(entry: Entry, given: Mapping[str, Any], name: str) -> Any:
                 raise ConfigError(f"search.options.{key} must be true or false, got {value!r}")
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"search.options.{key} must be a number, got {value!r}")
+        elif known[key] is int and value % 1 != 0:
+            raise ConfigError(f"search.options.{key} must be a whole number, got {value!r}")
     return entry.options(**given) if entry.options else None
 
 

@@ -104,7 +104,8 @@ def hypervolume_lines(results: Results) -> list[str]:
     baseline = results.baseline_hypervolume()
     if baseline is not None:
         blends = any(row.policy.blend for row in results.baseline)
-        ladder = f"{len(results.baseline)} {'pure criteria and ' if blends else ''}ratios"
+        ratios = "ratio" if len(results.baseline) == 1 else "ratios"
+        ladder = f"{len(results.baseline)} {'pure criteria and ' if blends else ''}{ratios}"
         lines.append(f"uniform baseline   {baseline:.4f}  ({ladder}, same proxy)")
     optimism, checked = results.optimism(), results.checked_hypervolume()
     if results.check is not None and optimism is not None and checked is not None:

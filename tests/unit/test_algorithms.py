@@ -268,6 +268,14 @@ def test_adaptive_is_true_or_false(name: str) -> None:
         make_algorithm(settings, space(), 1, 1)
 
 
+@pytest.mark.parametrize("count", [1.5, float("nan"), float("inf")])
+def test_a_count_is_a_whole_number(count: float) -> None:
+    options = {"generations": count}
+    settings = AlgorithmSettings(name="surrogate", population=8, seed=0, options=options)
+    with pytest.raises(ConfigError, match=r"search\.options\.generations must be a whole number"):
+        make_algorithm(settings, space(), 1, 1)
+
+
 def test_the_sensitivity_sweep_cuts_the_insensitive_gene_first() -> None:
     algorithm = make("sensitivity", population=8)
     asked = []
