@@ -1,10 +1,12 @@
 """What does an algorithm take of the driver for each candidate, in each kind of space?
 
 ResNet-20 and ResNet-56. Objectives are made up (a convex function of what each group loses, beside
-MACs where the space leaves them free), so that nothing but the algorithm, the space and costs are
-timed: asking, decoding, telling, in processor time. A candidate takes 200 to 1,000 ms.
+MACs where the space leaves them free, but for `de`, which has one), so that nothing but the
+algorithm, the space and costs are timed: asking, decoding, telling, in processor time. A candidate
+takes 100 to 1,000 ms.
 
-    python benchmarks/asking.py [--networks resnet20 resnet56] [--evaluations 240] [--seeds 2]
+    OMP_NUM_THREADS=1 python benchmarks/asking.py [--networks resnet20 ...] [--evaluations 240]
+        [--seeds 2]
 """
 
 import itertools
@@ -92,7 +94,7 @@ def main() -> None:
             ]
             rows.append({"network": network, "algorithm": name, "space": kind, "ms": found})
     show(
-        f"Milliseconds of the driver for each of {options.evaluations} candidates",
+        f"Milliseconds of the driver for a candidate, {options.evaluations} or more of them",
         ("network", "algorithm", *SPACES),
         [
             [

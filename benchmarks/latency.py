@@ -177,7 +177,9 @@ def search(options: Any) -> list[dict[str, Any]]:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--networks", nargs="*", default=NETWORKS, help="name:images at a time")
-    made.add_argument("--timed", type=int, default=40, help="networks that no fit has seen")
+    made.add_argument(
+        "--timed", type=int, default=40, help="networks that no fit has seen, 3 or more"
+    )
     made.add_argument("--round-to", type=int, default=1, help="widths are multiples of this")
     made.add_argument("--search", type=int, default=0, help="images per pass; none if left out")
     made.add_argument("--seeds", type=int, default=3)
@@ -208,9 +210,9 @@ def main() -> None:
 
 def report(rows: list[dict[str, Any]], timed: int) -> None:
     """A table of how well times are foreseen."""
-    columns = ("network", "images", "dense ms", "error", "uneven", "line over MACs", "uneven")
+    columns = ("network", "images", "dense ms", "level", "uneven", "MACs: level", "uneven")
     show(
-        f"Seconds of {timed} networks that were not fitted, one thread",
+        f"Errors on {timed} networks that were not fitted, one thread",
         (*columns, "tau", "tau of MACs", "half of the MACs"),
         [
             [

@@ -485,11 +485,12 @@ def list_names(
     what: Annotated[
         str,
         typer.Argument(
-            help="recipes, spaces, algorithms, criteria, proxies, variants, networks, datasets"
+            help="settings, recipes, spaces, algorithms, criteria, proxies, variants, networks, "
+            "datasets"
         ),
     ],
 ) -> None:
-    """List what a recipe can name.
+    """List what a recipe can say (settings), and all that it can name.
 
     Example: evosearch list algorithms
     """
@@ -498,7 +499,17 @@ def list_names(
     if what not in LISTS:
         raise ConfigError(f"nothing to list under {what!r}; there are {', '.join(LISTS)}")
     for name, title in LISTS[what]().items():
-        typer.echo(f"{name:24s} {title}")
+        apart = len(name) >= 24 or what == "settings"
+        typer.echo(f"{name}\n{_indented(title)}" if apart else f"{name:24s} {title}")
+
+
+def _indented(text: str) -> str:
+    """Paragraphs of a list, in a terminal as wide as it is."""
+    import shutil
+    import textwrap
+
+    width = min(shutil.get_terminal_size().columns, 100)
+    return textwrap.fill(text, width, initial_indent="    ", subsequent_indent="    ")
 
 
 @app.callback()

@@ -68,6 +68,31 @@ class Term(_Part):
     """Whether widths are rounded up to eights."""
 
 
+class _Widths:
+    """Widths of axes as floats, which are exact here, and much faster to multiply than integers.
+
+    Args:
+        axes: All dimensions.
+        n_groups: Of the network.
+    """
+
+    def __init__(self, axes: Sequence[AxisWidth], n_groups: int) -> None:
+        self._slope = np.zeros((n_groups, len(axes)))
+        for column, axis in enumerate(axes):
+            for group, count in axis.per_kept:
+                self._slope[group, column] = count
+        self._fixed = np.array([axis.fixed for axis in axes], dtype=np.float64)
+        self._cut = np.array([bool(axis.per_kept) for axis in axes])
+
+    def of(self, keep: IntArray) -> tuple[FloatArray, FloatArray]:
+        """`(n, n_axes)` of `(n, n_groups)` kept channels: plain, and rounded up to eights.
+
+        Widths that nothing cuts, such as an image's, stay as they are.
+        """
+        plain = keep.astype(np.float64) @ self._slope + self._fixed
+        return plain, np.where(self._cut, np.ceil(plain / _BLOCK) * _BLOCK, plain)
+
+
 class LatencyModel(_Part):
     """Seconds of a forward pass by policy; made by `fit_latency`, and kept in a run's ledger."""
 
@@ -106,6 +131,10 @@ class LatencyModel(_Part):
         return min(float(self.seconds(np.array([self.channels]))[0]), self.dense_seconds)
 
     @cached_property
+    def _widths(self) -> _Widths:
+        return _Widths(self.axes, len(self.channels))
+
+    @cached_property
     def _columns(self) -> tuple[IntArray, IntArray, FloatArray]:
         """Per term two columns of widths (plain, rounded, and a last one of ones), and seconds."""
         n, last = len(self.axes), 2 * len(self.axes)
@@ -121,26 +150,10 @@ class LatencyModel(_Part):
         """`(n,)` seconds of `(n, n_groups)` kept channels."""
         keep = np.asarray(keep, dtype=np.int64)
         check_shape(keep, "keep", ("n", len(self.channels)))
-        widths = _widths(self.axes, keep)
-        one = np.ones((len(keep), 1), dtype=np.int64)
-        every = np.concatenate([widths, _rounded_up(self.axes, widths), one], axis=1)
+        plain, rounded = self._widths.of(keep)
+        every = np.concatenate([plain, rounded, np.ones((len(keep), 1))], axis=1)
         ones, others, seconds = self._columns
         return np.asarray(self.constant + (every[:, ones] * every[:, others]) @ seconds)
-
-
-def _widths(axes: Sequence[AxisWidth], keep: IntArray) -> IntArray:
-    """`(n, n_axes)` of `(n, n_groups)` kept channels."""
-    slope = np.zeros((keep.shape[1], len(axes)), dtype=np.int64)
-    for column, axis in enumerate(axes):
-        for group, count in axis.per_kept:
-            slope[group, column] = count
-    return np.asarray(keep @ slope + np.array([axis.fixed for axis in axes], dtype=np.int64))
-
-
-def _rounded_up(axes: Sequence[AxisWidth], widths: IntArray) -> IntArray:
-    """Widths in eights; those that nothing cuts, such as an image's, stay as they are."""
-    cut = np.array([bool(axis.per_kept) for axis in axes])
-    return np.where(cut, -(-widths // _BLOCK) * _BLOCK, widths)
 
 
 class _Columns:
@@ -160,8 +173,7 @@ class _Columns:
 
     def values(self, keep: IntArray) -> FloatArray:
         """`(n, 1 + n_columns)`, the first of ones."""
-        widths = _widths(self._axes, keep)
-        rounded = _rounded_up(self._axes, widths)
+        widths, rounded = _Widths(self._axes, keep.shape[1]).of(keep)
         found = np.ones((len(keep), 1 + len(self.terms)))
         for column, terms in enumerate(self.terms, 1):
             found[:, column] = sum(

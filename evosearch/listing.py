@@ -1,4 +1,4 @@
-"""What a recipe can name, with a line on each."""
+"""What a recipe can say and name, with a line on each."""
 
 import tomllib
 from collections.abc import Callable
@@ -68,6 +68,12 @@ def _datasets() -> dict[str, str]:
     }
 
 
+def _settings() -> dict[str, str]:
+    from evosearch.reference import recipe_settings
+
+    return recipe_settings()
+
+
 LISTS: dict[str, Callable[[], dict[str, str]]] = {
     "recipes": _recipes,
     "spaces": _spaces,
@@ -77,4 +83,5 @@ LISTS: dict[str, Callable[[], dict[str, str]]] = {
     "variants": _variants,
     "networks": _networks,
     "datasets": _datasets,
+    "settings": _settings,
 }

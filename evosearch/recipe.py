@@ -43,7 +43,14 @@ Positive = Annotated[float, Field(gt=0)]
 
 class _Table(BaseModel):
     # Strict: a number given as text or a 1 given for true is a mistake, not a wish.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    # The sentence under a key is what `evosearch list settings` shows.
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 class NetworkRecipe(_Table):
@@ -102,7 +109,7 @@ class SearchRecipe(_Table):
     objectives: Annotated[list[str], Field(min_length=1)] = ["distortion", "macs"]
     """Any of distortion, error, loss, margin, divergence, macs, params, latency."""
     constraints: list[str] = []
-    """Such as "macs <= 0.5"; all must hold."""
+    """NAME <= NUMBER, with the same names, such as "macs <= 0.5"; all must hold."""
     algorithm: str | None = None
     """surrogate, de, nsga2, gde3, nsde, level-switch, random, uniform or sensitivity; if left out,
     surrogate where genes have levels, nsga2 elsewhere, and settled at launch."""
@@ -122,7 +129,7 @@ class SearchRecipe(_Table):
     overlap: bool = False
     """Ask for the next generation while the last candidates of one are measured; for clusters."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the algorithm."""
+    """Options of the algorithm, as below."""
 
 
 class ProxyRecipe(_Table):
@@ -181,7 +188,7 @@ class RunRecipe(_Table):
     workers: Annotated[int, Field(ge=0)] = 2
     """Scorers on Ray, one thread each; 0 scores in the process."""
     timeout_s: Positive = 600.0
-    """Longest that one candidate may take (with workers)."""
+    """Longest that one candidate may take, with workers; then it is recorded as failed."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     """Share of a GPU for each scorer."""
     ray_address: str | None = None

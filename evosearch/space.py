@@ -122,7 +122,8 @@ class SpaceFactory(Protocol):
     """Makes a space for a network.
 
     A factory with a method `criteria_wish`, from options to a CriteriaWish, gets the CriteriaFacts
-    as its third argument.
+    as its third argument. The pydantic model of a factory's options, if it has one and names it
+    `options_model`, is listed by `evosearch list settings`.
     """
 
     def __call__(self, table: GroupTable, options: Mapping[str, Any]) -> SearchSpace:

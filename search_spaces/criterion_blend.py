@@ -12,7 +12,7 @@ References:
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,13 @@ _OFF = 0.2
 class CriterionBlendOptions(BaseModel):
     """The `[space]` table of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
     criteria: tuple[str, ...] | None = Field(default=None, strict=False)
     """What to blend; all built-in criteria that apply to the network if left out."""
@@ -58,7 +64,8 @@ class CriterionBlendOptions(BaseModel):
     round_to: Annotated[int, Field(ge=1)] = 1
     """Kept channels are multiples of this (or all channels of the group)."""
     project_onto: ProjectOnto | None = None
-    """Scale every policy so that it spends this budget; needs bounds of the sparsity."""
+    """Scale every policy so that it spends this budget: one of macs, params, latency; needs bounds
+    of the sparsity."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -91,6 +98,8 @@ class CriterionBlend:
         ConfigError: An option is wrong, or nothing is left to search.
         BudgetUnreachable: No policy within the bounds spends the budget.
     """
+
+    options_model: ClassVar[type[BaseModel]] = CriterionBlendOptions
 
     def __init__(self, table: GroupTable, options: Mapping[str, Any], facts: CriteriaFacts) -> None:
         self.options = _checked(options)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Share = Annotated[float, Field(ge=0, le=1)]
 
-# Rows times genes that are projected together: what they need stays in a processor's cache.
+# Rows times genes that are projected together: larger arrays are not faster.
 _PROJECTED_AT_ONCE = 4096
 
 
@@ -59,7 +59,13 @@ class ProjectOnto(BaseModel):
 class LayerSparsityOptions(BaseModel):
     """The `[space]` table of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
     sparsity: Annotated[tuple[Share, Share], Field(strict=False)] = (0.0, 0.9)
     """Smallest and largest share of a group's channels that may be removed."""
@@ -68,7 +74,7 @@ class LayerSparsityOptions(BaseModel):
     grouping: Literal["layer", "stage"] = "layer"
     """A gene per group, or one for all groups of a stage (same resolution)."""
     project_onto: ProjectOnto | None = None
-    """Scale every policy so that it spends this budget."""
+    """Scale every policy so that it spends this budget: one of macs, params, latency."""
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -105,6 +111,8 @@ class LayerSparsity:
         ConfigError: An option is wrong.
         BudgetUnreachable: No policy within the bounds spends the budget.
     """
+
+    options_model: ClassVar[type[BaseModel]] = LayerSparsityOptions
 
     def __init__(self, table: GroupTable, options: Mapping[str, Any]) -> None:
         try:
@@ -217,7 +225,7 @@ class LayerSparsity:
     @cached_property
     def _nearest(self) -> IntArray:
         """`(n_groups, n)` nearest admissible width of each half channel; ties keep more."""
-        halves = np.arange(2 * int(self._table.channels.max(initial=0)) + 1) / 2
+        halves = np.arange(2 * int(self._table.channels.max()) + 1) / 2
         # Levels are whole, so that what lies between two of them changes at whole halves.
         return np.stack(
             [
@@ -229,7 +237,7 @@ class LayerSparsity:
     @cached_property
     def _wider(self) -> IntArray:
         """`(n_groups, n)` next admissible width of each width; the widest stays."""
-        widths = np.arange(int(self._table.channels.max(initial=0)) + 1)
+        widths = np.arange(int(self._table.channels.max()) + 1)
         return np.stack(
             [
                 levels[np.searchsorted(levels, widths, side="right").clip(max=len(levels) - 1)]

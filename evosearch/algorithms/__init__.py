@@ -249,7 +249,7 @@ ALGORITHMS: dict[str, Entry] = {
     "random": Entry(title="random genomes after the same first population", make=_random),
     "uniform": Entry(title="the ladder of uniform ratios", make=_uniform),
     "sensitivity": Entry(
-        title="each gene alone, then a ladder by rise of error per cost saved",
+        title="each gene alone, then a ladder from what that costs: no evolution",
         make=_sensitivity,
         options=SensitivityOptions,
     ),

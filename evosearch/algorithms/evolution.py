@@ -70,8 +70,8 @@ class AdaptiveOptions(DifferentialOptions):
     """Options of `de` and `gde3`.
 
     Args:
-        f, cr: As in `DifferentialOptions`; where members start, if they adapt.
-        adaptive: Whether every member adapts its own F and CR.
+        f, cr: See `DifferentialOptions`.
+        adaptive: Whether every member adapts its own F and CR, from those on.
     """
 
     adaptive: bool = False

@@ -135,7 +135,7 @@ class LevelMoves:
     def _at_cost(self, start: IntArray, end: IntArray, target: FloatArray) -> IntArray:
         """The point between start and end whose cost is nearest to the target, by bisection."""
         parts = 2**_HALVINGS
-        # All points that may be tried are decoded together: one call costs much less than some.
+        # All points that may be tried are decoded together: calls cost more than rows.
         share = np.arange(parts)[:, None, None] / parts
         points = start + np.rint(share * (end - start)).astype(np.int64)
         all_costs = self.costs(points.reshape(-1, start.shape[1])).reshape(parts, -1)

@@ -205,7 +205,7 @@ class GroupTable:
             keep: `(n, n_groups)` kept channels.
 
         Returns:
-            `(n,)` MACs and `(n,)` parameters, exact.
+            `(n,)` MACs and `(n,)` parameters, exact up to 2**53.
         """
         macs, params = (self._cost(keep, which) for which in range(2))
         return macs, params
@@ -214,8 +214,7 @@ class GroupTable:
         keep = np.asarray(keep, dtype=np.int64)
         check_shape(keep, "keep", ("n", len(self.groups)))
         square, linear, constant = self._quadratic[which]
-        # Sums of products of whole numbers, none negative: exact up to 2**53, and much faster
-        # than in integers.
+        # Whole numbers, none negative: floats are as exact, and much faster to multiply.
         counts = keep.astype(np.float64)
         spent = ((counts @ square + linear) * counts).sum(axis=1) + constant
         return np.asarray(spent.astype(np.int64))
@@ -244,10 +243,9 @@ class GroupTable:
             name: `macs`, `params` or, if it was measured, `latency`.
             keep: `(n, n_groups)` kept channels.
         """
-        if name == "latency":
-            assert self.latency is not None  # noqa: S101  callers checked
+        if name == "latency" and self.latency is not None:
             return self.latency.shares(keep)
-        which = ("macs", "params").index(name)
+        which = {"macs": 0, "params": 1}[name]
         return np.asarray(self._cost(keep, which) / self.dense_costs[which])
 
     def shares_of(self, policies: Sequence[Policy]) -> dict[str, FloatArray]:

@@ -45,6 +45,7 @@ def test_help_is_instant_and_has_an_example(command: str) -> None:
         ("variants", "recalibrated-l1"),
         ("networks", "resnet110"),
         ("datasets", "cifar10-sample"),
+        ("settings", "search.evaluations = 300\n    Distinct policies to measure"),
     ],
 )
 def test_list_names_what_a_recipe_can_name(cli: Cli, what: str, name: str) -> None:

@@ -109,7 +109,7 @@ def test_killed_search_for_speed_ends_as_if_never_killed(
         'search.constraints=["latency <= 0.7"]',
     )
     options = [part for change in changes for part in ("--set", change)]
-    check(cli, recipe(more=more), ["--algorithm", "random", *options], "fast")
+    check(cli, recipe(more=more), ["--algorithm", "nsga2", *options], "fast")
     found = pd.read_csv(cli.folder / "fast-whole.csv")
     assert found["latency"].between(0.6, 0.7).all()
     said = cli.here("export", "fast-whole", "net.safetensors", "--policy", found["policy"][0])

@@ -19,6 +19,7 @@ LAYERS = (
     ("evosearch", "evosearch.__main__"),  # the package itself only loads models on demand
     ("evosearch.cli",),
     ("evosearch.listing",),
+    ("evosearch.reference",),
     ("evosearch.fidelity",),
     (
         "evosearch.comparing",

@@ -52,10 +52,31 @@ def test_costs_of_many_policies_are_those_of_each(table: GroupTable) -> None:
     assert (macs[1], params[1]) == table.dense_costs
 
 
-@pytest.mark.parametrize("name", ["macs", "params"])
-def test_one_share_is_that_of_all(table: GroupTable, name: str) -> None:
-    keep = np.array([table.channels, (table.channels + 1) // 2, np.ones_like(table.channels)])
-    assert table.share(name, keep).tobytes() == table.shares(keep)[name].tobytes()
+@pytest.mark.parametrize("network", ["resnet20", "densenet121", "mobilenet_v2"])
+def test_costs_are_sums_over_layers(network: str) -> None:
+    table = traced_once(network)[1].table
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        keep = rng.integers(1, table.channels + 1)
+        expected_macs, expected_params = 0, table.other_params
+        widths = [width(axis, table, keep) for axis in table.axes]
+        for layer in table.layers:
+            outs = widths[layer.out_axis]
+            pairs = outs * (1 if layer.in_axis is None else widths[layer.in_axis])
+            expected_macs += layer.macs * pairs
+            expected_params += layer.weights * pairs + layer.per_output * outs
+        macs, params = table.costs(keep[None])
+        assert (macs.item(), params.item()) == (expected_macs, expected_params)
+        for name, cost, dense in zip(
+            ("macs", "params"), (macs, params), table.dense_costs, strict=True
+        ):
+            assert table.share(name, keep[None]).item() == cost.item() / dense
+
+
+def width(axis: Axis, table: GroupTable, keep: NDArray[np.int64]) -> int:
+    """Channels of an axis that stay, counted one by one."""
+    place = np.arange(int(table.channels.sum())) - table.offsets[table.group_of]
+    return sum(1 for s in axis.sources if s < 0 or place[s] < keep[table.group_of[s]])
 
 
 def test_costs_of_no_policies_are_empty(table: GroupTable) -> None:

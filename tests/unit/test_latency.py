@@ -16,6 +16,7 @@ from evosearch.policy import Policy
 from evosearch.pruning.groups import trace
 from evosearch.pruning.table import GroupTable
 from evosearch.recipe import LatencyRecipe
+from evosearch.scoring import timing
 from evosearch.scoring.timing import time_passes
 from evosearch.testing import chain_table
 from tests.unit.latencies import random_widths, seconds_of, timed
@@ -144,6 +145,21 @@ def test_a_wider_network_takes_longer_here() -> None:
     model = time_passes(traced, plan, LatencyRecipe())
     assert model.shares(np.ones((1, len(plan.table.groups)), dtype=int))[0] < 0.95
     assert torch.get_num_threads() == threads
+
+
+def test_a_stopwatch_that_computes_is_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced, plan = own(Small())
+    asked: list[int] = []
+
+    def computed(module: nn.Module, _images: torch.Tensor) -> float:
+        asked.append(sum(p.numel() for p in module.parameters()))
+        return 1e-9 * asked[-1]
+
+    monkeypatch.setattr(timing, "stopwatch_named", lambda _name: computed)
+    keep = random_widths(plan.table)
+    timing.seconds_of(traced, plan, LatencyRecipe(), keep)
+    # Each network beside the reference.
+    assert len(asked) == 2 * 2 * len(keep)
 
 
 def test_widths_are_drawn_as_the_space_rounds_them() -> None:

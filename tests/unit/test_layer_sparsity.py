@@ -160,6 +160,70 @@ def test_no_gene_of_a_projected_policy_can_grow_by_one_step(
             assert (table.shares(wider)[kind] > share).all()
 
 
+@some
+@given(projected(), st.data())
+def test_projection_is_that_of_single_rows_and_turns(
+    case: tuple[GroupTable, dict[str, Any]], data: st.DataObject
+) -> None:
+    table, options = case
+    space = LayerSparsity(table, options)
+    genomes = data.draw(genomes_of(space))
+    expected = [projected_plainly(table, options, genome) for genome in genomes]
+    assert keep_of(space, genomes).tolist() == expected
+
+
+def projected_plainly(table: GroupTable, options: dict[str, Any], genome: FloatArray) -> list[int]:
+    """What a row is projected onto, group by group and turn by turn."""
+    ((kind, share),) = options["project_onto"].items()
+    low, high = options["sparsity"]
+    channels = [int(c) for c in table.channels]
+    members = (
+        table.stages if options["grouping"] == "stage" else [(g,) for g in range(len(channels))]
+    )
+    gene_of = {group: gene for gene, groups in enumerate(members) for group in groups}
+    levels = [admissible(c, low, high, options["round_to"]) for c in channels]
+
+    def affordable(keep: list[int]) -> bool:
+        return bool(table.shares(np.array([keep]))[kind][0] <= share * (1 + 1e-9))
+
+    wanted = [
+        max(c * (1 - (low + genome[gene_of[g]] * (high - low))), 1e-3 * c)
+        for g, c in enumerate(channels)
+    ]
+
+    def scaled(exponent: float) -> list[float]:
+        return [min(w * float(np.exp(exponent)), c) for w, c in zip(wanted, channels, strict=True)]
+
+    def rounded(widths: list[float]) -> list[int]:
+        # Of two that are as near, the wider one.
+        return [
+            min(own, key=lambda level, w=w: (abs(level - w), -level))
+            for own, w in zip(levels, widths, strict=True)
+        ]
+
+    fits, fails = float(np.log(1e-9)), float(np.log(1e3))
+    for _ in range(40):
+        middle = (fits + fails) / 2
+        if affordable(rounded(scaled(middle))):
+            fits = middle
+        else:
+            fails = middle
+    keep = rounded(scaled(fits))
+    missing = [w - k for w, k in zip(scaled(fails), keep, strict=True)]
+    turns = sorted(range(len(members)), key=lambda gene: -sum(missing[g] for g in members[gene]))
+    grown = True
+    while grown:
+        grown = False
+        for gene in turns:
+            wider = [
+                next((w for w in levels[g] if w > k), k) if gene_of[g] == gene else k
+                for g, k in enumerate(keep)
+            ]
+            if wider != keep and affordable(wider):
+                keep, grown = wider, True
+    return keep
+
+
 def one_step_wider(
     table: GroupTable, options: dict[str, Any], keep: NDArray[np.int64]
 ) -> list[NDArray[np.int64]]:
