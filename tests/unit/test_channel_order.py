@@ -352,3 +352,20 @@ def test_ordering_leaves_the_network_alone(criterion: str) -> None:
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_has_a_line_of_prose(criterion: str) -> None:
     assert CRITERIA[criterion].title
+
+
+def test_a_layer_that_reads_two_groups_is_inverted_once(
+    joined: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, plan = joined
+    inverted: list[int] = []
+    plain = torch.linalg.inv
+
+    def counted(matrix: torch.Tensor) -> torch.Tensor:
+        inverted.append(len(matrix))
+        return plain(matrix)
+
+    monkeypatch.setattr(torch.linalg, "inv", counted)
+    channel_order(network.module, plan, "residual-energy", samples=samples_of(network))
+    readers = [name for group in plan.table.groups for name in group.consumers]
+    assert len(inverted) == len(set(readers)) < len(readers)

@@ -104,12 +104,11 @@ def residual_energy(view: GroupView) -> Tensor:
     consumers = []
     for consumer in view.consumers:
         assert consumer.gram is not None  # noqa: S101  channel_scores provides what is needed
-        size = len(consumer.gram)
         if not (torch.isfinite(consumer.gram).all() and torch.isfinite(consumer.weight).all()):
             return torch.full((n,), torch.nan)
-        load = max(1e-4 * float(consumer.gram.diagonal().mean()), 1e-12)
-        inverse = torch.linalg.inv(consumer.gram + load * torch.eye(size, dtype=torch.float64))
-        columns = consumer.columns
+        if "inverse" not in consumer.derived:
+            consumer.derived["inverse"] = _loaded_inverse(consumer.gram)
+        inverse, columns = consumer.derived["inverse"], consumer.columns
         weight = consumer.weight[:, columns].transpose(1, 2).reshape(-1, n)
         consumers.append(_Elimination(inverse[columns][:, columns], weight.T @ weight))
     step = torch.zeros(n, dtype=torch.float64)
@@ -131,6 +130,13 @@ def residual_energy(view: GroupView) -> Tensor:
             elimination.keep(~gone)
         left = left[~gone]
     return step
+
+
+def _loaded_inverse(gram: Tensor) -> Tensor:
+    """Of second moments, whose diagonal is loaded to be one."""
+    load = max(1e-4 * float(gram.diagonal().mean()), 1e-12)
+    inverse: Tensor = torch.linalg.inv(gram + load * torch.eye(len(gram), dtype=torch.float64))
+    return inverse
 
 
 def output_variance(view: GroupView) -> Tensor:

@@ -45,11 +45,14 @@ class Consumer:
         weight: `(out, n_units, rest)` float64, all of the layer's input channels.
         gram: `(n_units, n_units)` float64 second moments of its input, or None.
         columns: `(n_channels,)` the units that are the group's channels, in channel order.
+        derived: What was computed from weight and moments alone, by name: of one layer that reads
+            many groups, as in a DenseNet, it need not be computed for each.
     """
 
     weight: Tensor
     gram: Tensor | None
     columns: Tensor
+    derived: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +125,7 @@ def group_views(
     table = plan.table
     layers = dict(module.named_modules())
     cuts = {entry.name: entry for entry in plan.cuts}
+    read: dict[str, tuple[Tensor, Tensor | None, dict[str, Tensor]]] = {}
     views = []
     for group, first in zip(table.groups, map(int, table.offsets), strict=True):
         places: dict[str, Tensor] = {}
@@ -144,10 +148,13 @@ def group_views(
             in_axis = cuts[name].in_axis
             assert in_axis is not None  # noqa: S101  consumers are cut along their inputs
             units = units_of(table.axes[in_axis])
-            weight = layers[name].weight.detach().double()
-            gram = None if grams is None else torch.from_numpy(np.array(grams[name]))
+            if name not in read:
+                weight = units.gather(layers[name].weight.detach().double())
+                gram = None if grams is None else torch.from_numpy(np.array(grams[name]))
+                read[name] = weight, gram, {}
             columns[name] = _places(units.sources, first, group.channels)
-            consumers.append(Consumer(units.gather(weight), gram, columns[name]))
+            weight, gram, derived = read[name]
+            consumers.append(Consumer(weight, gram, columns[name], derived))
         seen = {
             kind: tuple(
                 by_layer[name][:, where] for name, where in side.items() if name in by_layer
