@@ -48,14 +48,14 @@ def landed(run: Path) -> list[tuple[str, str, float]]:
         ]
 
 
-def check(cli: Cli, recipe: str, options: list[str], name: str) -> None:
+def check(cli: Cli, recipe: str, options: list[str], name: str, latest: int = 25) -> None:
     """Searches twice, kills one at a random moment, resumes it, compares the exports."""
     whole, killed = cli.folder / f"{name}-whole", cli.folder / f"{name}-killed"
     # Ray stays out of the process of the tests.
     launch = cli.run if "--workers" in options else cli.here
     launch("launch", recipe, "--out", str(whole), *options)
     process = cli.start("launch", recipe, "--out", str(killed), *options)
-    moment = random.Random(os.urandom(8)).randint(1, 25)
+    moment = random.Random(os.urandom(8)).randint(1, latest)
     cli.wait_for(process, killed, moment)
     kill_tree(process.pid)
     before = landed(killed)
@@ -109,7 +109,8 @@ def test_killed_search_for_speed_ends_as_if_never_killed(
         'search.constraints=["latency <= 0.7"]',
     )
     options = [part for change in changes for part in ("--set", change)]
-    check(cli, recipe(more=more), ["--algorithm", "nsga2", *options], "fast")
+    # There are few policies that spend so much time: 21 were found.
+    check(cli, recipe(more=more), ["--algorithm", "nsga2", *options], "fast", latest=15)
     found = pd.read_csv(cli.folder / "fast-whole.csv")
     assert found["latency"].between(0.6, 0.7).all()
     said = cli.here("export", "fast-whole", "net.safetensors", "--policy", found["policy"][0])
