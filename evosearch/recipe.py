@@ -27,6 +27,7 @@ __all__ = [
     "Recipe",
     "RunRecipe",
     "SearchRecipe",
+    "Table",
     "change_recipe",
     "check_recipe",
     "explain",
@@ -41,7 +42,9 @@ Seed = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-class _Table(BaseModel):
+class Table(BaseModel):
+    """A table of a recipe: what every one of them, a space's options too, is checked by."""
+
     # Strict: a number given as text or a 1 given for true is a mistake, not a wish.
     # The sentence under a key is what `evosearch list settings` shows.
     model_config = ConfigDict(
@@ -53,7 +56,7 @@ class _Table(BaseModel):
     )
 
 
-class NetworkRecipe(_Table):
+class NetworkRecipe(Table):
     """`[network]`: what is pruned."""
 
     name: str
@@ -76,7 +79,7 @@ class NetworkRecipe(_Table):
     """Whether it was trained on mirrored images, too; likewise."""
 
 
-class DataRecipe(_Table):
+class DataRecipe(Table):
     """`[data]`: on which images."""
 
     name: str = "cifar10-sample"
@@ -103,7 +106,7 @@ class DataRecipe(_Table):
     """Seed of these choices."""
 
 
-class SearchRecipe(_Table):
+class SearchRecipe(Table):
     """`[search]`: what is minimised, how, and for how long."""
 
     objectives: Annotated[list[str], Field(min_length=1)] = ["distortion", "macs"]
@@ -132,7 +135,7 @@ class SearchRecipe(_Table):
     """Options of the algorithm, as below."""
 
 
-class ProxyRecipe(_Table):
+class ProxyRecipe(Table):
     """`[proxy]`: how a policy is scored."""
 
     name: str = "reconstructed"
@@ -170,7 +173,7 @@ class ProxyRecipe(_Table):
     named and that is less."""
 
 
-class LatencyRecipe(_Table):
+class LatencyRecipe(Table):
     """`[latency]`: what is timed at launch, where a latency is to be minimised or held."""
 
     images: Count = 1
@@ -182,7 +185,7 @@ class LatencyRecipe(_Table):
     images to seconds. If left out, float32 as PyTorch runs it here, on the CPU."""
 
 
-class RunRecipe(_Table):
+class RunRecipe(Table):
     """`[run]`: where and how patiently; decides nothing about results."""
 
     workers: Annotated[int, Field(ge=0)] = 2
@@ -195,7 +198,7 @@ class RunRecipe(_Table):
     """Join this cluster instead of starting one."""
 
 
-class Recipe(_Table):
+class Recipe(Table):
     """A whole recipe."""
 
     title: str = ""

@@ -16,13 +16,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from evosearch.checks import check_unit_interval
 from evosearch.errors import ConfigError
 from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
-from evosearch.recipe import explain
+from evosearch.recipe import Table, explain
 from evosearch.space import CriteriaFacts, CriteriaWish
 from search_spaces.layer_sparsity import LayerSparsity, ProjectOnto
 
@@ -38,16 +38,8 @@ _PARTS = 20
 _OFF = 0.2
 
 
-class CriterionBlendOptions(BaseModel):
+class CriterionBlendOptions(Table):
     """The `[space]` table of a recipe."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
 
     criteria: tuple[str, ...] | None = Field(default=None, strict=False)
     """What to blend; all built-in criteria that apply to the network if left out."""

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -19,7 +18,7 @@ from evosearch.checks import check_unit_interval
 from evosearch.errors import BudgetUnreachable, ConfigError
 from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
-from evosearch.recipe import explain
+from evosearch.recipe import Table, explain
 from evosearch.space import unique_rows
 
 __all__ = ["LayerSparsity", "LayerSparsityOptions", "ProjectOnto"]
@@ -32,10 +31,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 _PROJECTED_AT_ONCE = 4096
 
 
-class ProjectOnto(BaseModel):
+class ProjectOnto(Table):
     """A budget that every policy spends."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     macs: Share | None = None
     """Share of the dense network's MACs."""
@@ -56,16 +53,8 @@ class ProjectOnto(BaseModel):
         return {name: share for name, share in self if share is not None}
 
 
-class LayerSparsityOptions(BaseModel):
+class LayerSparsityOptions(Table):
     """The `[space]` table of a recipe."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
 
     sparsity: Annotated[tuple[Share, Share], Field(strict=False)] = (0.0, 0.9)
     """Smallest and largest share of a group's channels that may be removed."""
