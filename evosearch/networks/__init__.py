@@ -9,7 +9,13 @@ from evosearch.networks.loading import (
     is_own,
     load_network,
 )
-from evosearch.networks.weights import load_into, read_weights, save_weights, weights_path
+from evosearch.networks.weights import (
+    load_into,
+    put_state,
+    read_weights,
+    save_weights,
+    weights_path,
+)
 
 __all__ = [
     "BUILT_IN",
@@ -21,6 +27,7 @@ __all__ = [
     "is_own",
     "load_into",
     "load_network",
+    "put_state",
     "read_weights",
     "save_weights",
     "weights_path",

@@ -3,6 +3,7 @@
 import json
 import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from evosearch.errors import BackendError, NetworkError
 from evosearch.files import write_atomically
 
-__all__ = ["load_into", "read_weights", "save_weights", "weights_path"]
+__all__ = ["load_into", "put_state", "read_weights", "save_weights", "weights_path"]
 
 _SHIPPED = "shipped:"
 _PARALLEL = "module."
@@ -113,7 +114,17 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
     ]
     if problems:
         raise NetworkError(f"weights {origin} do not fit the network; {'; '.join(problems)}")
-    module.load_state_dict({**expected, **state})
+    put_state(module, {**expected, **state})
+
+
+def put_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies a complete state dict into a network, whose layers all take it for their version's.
+
+    Files of tensors do not say of which version they are, and MNASNet, for one, insists on knowing.
+    """
+    stated = OrderedDict(state)
+    stated._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    module.load_state_dict(stated)
 
 
 def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, object]) -> None:

@@ -6,6 +6,7 @@ Both give bit-identical measurements on one machine; where scoring runs is a det
 import contextlib
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -104,8 +105,16 @@ def _translated() -> Iterator[None]:
     except BackendError:
         raise
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as exc:
-        first = str(exc).strip().splitlines() or [repr(exc)]
-        raise BackendError(f"Ray failed: {first[0]}; try --workers 0") from exc
+        raise BackendError(f"Ray failed: {_told(exc)}; try --workers 0") from exc
+
+
+def _told(exc: Exception) -> str:
+    """What Ray says first and, where that is the beginning of a traceback, what it says last."""
+    lines = str(exc).strip().splitlines() or [repr(exc)]
+    # Process, address and object of an actor mean nothing to anybody.
+    first = re.sub(r",?\s*(\x1b\[\d+m)?ray::.*", "", lines[0])
+    last = lines[-1].strip() if len(lines) > 1 else ""
+    return f"{first} ({last})" if first and last else first or last or lines[0]
 
 
 class RayTransport:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from evosearch.data import Images
 from evosearch.errors import NetworkError
-from evosearch.networks import InputSpec, Network, NetworkSpec, build_module
+from evosearch.networks import InputSpec, Network, NetworkSpec, build_module, put_state
 from evosearch.pruning.blending import Blends, comparable, places_of
 from evosearch.pruning.criteria import Samples, channel_scores, criterion_named
 from evosearch.pruning.cutting import Cutter, CuttingPlan
@@ -98,7 +98,7 @@ class Workload:
     def network(self) -> Network:
         """The dense network, made anew from its description and its tensors."""
         module, _ = build_module(self.spec)
-        module.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in self.state.items()})
+        put_state(module, {k: torch.from_numpy(np.array(v)) for k, v in self.state.items()})
         return Network(spec=self.spec, module=module.eval(), input=self.input)
 
 
@@ -215,7 +215,8 @@ def _feature_layer(network: Network, plan: CuttingPlan) -> str | None:
     """Where the features are: see `feature_layer`."""
     table = plan.table
     place = np.arange(len(table.group_of)) - table.offsets[table.group_of]
-    first_half = 2 * place <= table.channels[table.group_of] - 1
+    half = table.whole((table.channels + 1) // 2)
+    first_half = place < half[table.group_of]
     narrow = Cutter(plan, network.module).cut(np.append(first_half, True))
     producers = [group.producers for group in table.groups]
     return feature_layer(network.module, narrow, producers, network.example(2))

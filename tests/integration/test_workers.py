@@ -94,6 +94,14 @@ def test_an_existing_cluster_can_be_joined(cli: Cli, recipe: Callable[..., str])
     assert len(measured(cli.folder / "joined")) == 10
 
 
+def test_a_scorer_that_cannot_be_made_says_why(cli: Cli, recipe: Callable[..., str]) -> None:
+    said = cli.run("launch", recipe("StaysAtHome"), "--workers", "1", code=1)
+    last = said.stderr.strip().splitlines()[-1]
+    assert last.startswith("evosearch: Ray failed: ")
+    assert "its data are at home" in last
+    assert "ray::" not in last
+
+
 def test_a_cluster_that_does_not_answer_is_named_at_once(
     cli: Cli, recipe: Callable[..., str]
 ) -> None:

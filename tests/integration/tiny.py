@@ -1,6 +1,7 @@
 """A network small enough that a whole search takes seconds, and ways for it to misbehave."""
 
 import os
+import sys
 import time
 
 import torch
@@ -57,6 +58,15 @@ class _Trap(Tiny):
 
 class Raises(_Trap):
     """Narrow networks raise."""
+
+
+class StaysAtHome(Tiny):
+    """Cannot be made in a worker of Ray."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        if "default_worker" in sys.argv[0]:
+            raise RuntimeError("its data are at home")
 
 
 class Dies(_Trap):

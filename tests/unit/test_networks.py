@@ -421,6 +421,15 @@ def test_plain_state_dict_is_loaded(tmp_path: Path) -> None:
     assert all(torch.equal(state[key], loaded[key]) for key in state)
 
 
+def test_network_that_asks_for_the_version_of_its_state_is_loaded(tmp_path: Path) -> None:
+    # MNASNet refuses a state dict that does not say which version it is of, as safetensors cannot.
+    network = load_network(NetworkSpec(name="mnasnet0_5"))
+    save_weights(tmp_path / "w.safetensors", network.module, {})
+    spec = NetworkSpec(name="mnasnet0_5", weights=str(tmp_path / "w.safetensors"))
+    state, loaded = network.module.state_dict(), load_network(spec).module.state_dict()
+    assert all(torch.equal(state[key], loaded[key]) for key in state)
+
+
 @pytest.mark.parametrize("wrapper", ["state_dict", "model"])
 def test_wrapped_state_dict_with_a_module_prefix_is_loaded(tmp_path: Path, wrapper: str) -> None:
     state = lenet().module.state_dict()

@@ -18,7 +18,7 @@ from evosearch.scoring.workload import (
     batches,
     prepare_workload,
 )
-from tests.unit.scorer.bench import Prepare
+from tests.unit.scorer.bench import BATCH, Prepare
 
 
 def test_network_of_the_workload_computes_what_the_original_does(
@@ -45,6 +45,16 @@ def test_dense_outputs_are_those_of_the_original(
 
 def test_workload_needs_no_weights_file(prepared: Prepare) -> None:
     assert prepared("raw").spec.weights is None
+
+
+def test_workload_of_a_network_that_asks_for_the_version_of_its_state(
+    images: tuple[Images, Images],
+) -> None:
+    network = load_network(NetworkSpec(name="mnasnet0_5", input_shape=(3, 32, 32)))
+    proxy = ProxySettings(name="raw", criterion="l1", batch_size=BATCH)
+    workload = prepare_workload(network, trace(network), proxy, *images)
+    state, made = network.module.state_dict(), workload.network().module.state_dict()
+    assert all(torch.equal(state[key], made[key]) for key in state)
 
 
 def test_grams_travel_only_with_proxies_that_need_them(prepared: Prepare) -> None:
