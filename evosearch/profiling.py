@@ -125,6 +125,7 @@ def profile_lines(recipe: Recipe, found: Profile) -> list[str]:
     lines += [
         f"  {group.name:32s} {group.channels:5d} channels at {group.resolution[0]}x"
         f"{group.resolution[1]}"
+        + (f", {group.granularity} at a time" if group.granularity > 1 else "")
         for group in found.groups
     ]
     lines += [

@@ -38,7 +38,8 @@ class SearchSpace(Protocol):
 
     An implementation must guarantee:
 
-    **Totality.** `decode` gives a valid policy for every vector in [0, 1]^n_genes.
+    **Totality.** `decode` gives a policy that `GroupTable.check` accepts for every vector in
+    [0, 1]^n_genes: some groups keep multiples of a number of channels only.
     **Determinism.** Equal genomes give equal policies, in any process.
     **Inverse.** `decode(encode(policy))` is the policy, for every policy that `decode` can give
     and that one genome can express exactly; otherwise a near one.

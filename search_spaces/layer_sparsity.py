@@ -1,5 +1,6 @@
 """One gene per prunable group: the share of its channels that is removed."""
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -87,6 +88,7 @@ class LayerSparsity:
     Gene x of a group with C channels means a sparsity s = low + x (high - low) of its channels
     (not of its weights), so C (1 - s) are kept, rounded to the nearest admissible width:
     multiples of `round_to` within the bounds, and C itself if the lower bound is 0; never none.
+    Where the group has a granularity, they are multiples of that, too.
 
     With `project_onto`, all widths are scaled by a common factor until the budget is met, and
     what is left is spent step by step where rounding took most: no gene can then grow by one
@@ -119,12 +121,14 @@ class LayerSparsity:
         for gene, members in enumerate(self._members):
             self._gene_of[list(members)] = gene
         self._groups = np.arange(len(table.groups))
-        self._levels = [self._admissible(int(c)) for c in table.channels]
+        self._levels = [
+            self._admissible(group.channels, math.lcm(self.options.round_to, group.granularity))
+            for group in table.groups
+        ]
         self._check_budget()
 
-    def _admissible(self, channels: int) -> IntArray:
-        """Ascending widths that a group of this size may have."""
-        step = self.options.round_to
+    def _admissible(self, channels: int, step: int) -> IntArray:
+        """Ascending widths that a group of this size may have: multiples of a step."""
         fewest, most = channels * (1 - self._high), channels * (1 - self._low)
         multiples = np.arange(step, channels + 1, step)
         inside = multiples[(multiples >= fewest - 1e-9) & (multiples <= most + 1e-9)]

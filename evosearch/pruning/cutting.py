@@ -80,11 +80,10 @@ class Cutter:
         for name, layer in self._layers.items():
             entry = cuts.get(name, LayerCut(name=name, out_axis=None, in_axis=None))
             self._tensors += self._tensors_of(entry, dense[name], layer)
-        # Whether a layer is depthwise shows in the dense network alone: with one channel left it
-        # looks like any other convolution.
+        # How many outputs a group of a convolution has shows in the dense network alone: with one
+        # group left it looks like any other convolution.
         self._resized = [
-            (self._layers[entry.name], getattr(dense[entry.name], "groups", 1) > 1)
-            for entry in plan.cuts
+            (self._layers[entry.name], _outputs_per_group(dense[entry.name])) for entry in plan.cuts
         ]
 
     @staticmethod
@@ -123,8 +122,8 @@ class Cutter:
                 if into is not None:
                     tensor = tensor.index_select(1, into)
                 entry.ours.data = tensor.clone() if tensor is entry.dense else tensor
-            for layer, depthwise in self._resized:
-                _resize(layer, depthwise)
+            for layer, per_group in self._resized:
+                _resize(layer, per_group)
         return self.network
 
 
@@ -149,16 +148,22 @@ def kept_indices(
     ]
 
 
-def _resize(layer: nn.Module, depthwise: bool) -> None:
+def _outputs_per_group(layer: nn.Module) -> int | None:
+    """Of a grouped convolution; None of other layers."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.groups > 1:
+        return layer.out_channels // layer.groups
+    return None
+
+
+def _resize(layer: nn.Module, per_group: int | None) -> None:
     """Makes the attributes that state a layer's widths agree with its tensors."""
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
     elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         layer.out_channels = layer.weight.shape[0]
-        if depthwise:  # other grouped convolutions are never cut
-            layer.groups = layer.in_channels = layer.out_channels
-        else:
-            layer.in_channels = layer.weight.shape[1]
+        if per_group is not None:
+            layer.groups = layer.out_channels // per_group
+        layer.in_channels = layer.weight.shape[1] * layer.groups
     elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         held = layer.weight if layer.affine else layer.running_mean
         if held is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evosearch.networks import Network
 from evosearch.pruning.fusing import Fused, Tail, can_fuse, tails_of
-from evosearch.pruning.proposals import Convolution, Norm
+from evosearch.pruning.layers import Convolution, Norm
 
 __all__ = ["FastCopy", "Layout", "layout_of"]
 

@@ -18,15 +18,8 @@ from torch import Tensor, nn
 from evosearch.errors import NetworkError
 from evosearch.networks import Network
 from evosearch.pruning.cutting import CuttingPlan, LayerCut
-from evosearch.pruning.proposals import (
-    Convolution,
-    Norm,
-    Positions,
-    Proposal,
-    dimensions,
-    output_positions,
-    propose,
-)
+from evosearch.pruning.layers import Convolution, Norm, Proposal, dimensions
+from evosearch.pruning.proposals import Positions, output_positions, propose
 from evosearch.pruning.table import Axis, FixedGroup, Group, GroupTable, LayerCost
 
 __all__ = ["trace"]
@@ -73,6 +66,7 @@ class _Builder:
             resolution=self.positions[candidate.name][1],
             producers=tuple(n for n in candidate.outs if not isinstance(self.layers[n], Norm)),
             consumers=tuple(candidate.ins),
+            granularity=candidate.granularity,
         )
 
     def _layer(self, name: str, out_axis: int, in_axis: int) -> LayerCost:
@@ -88,8 +82,7 @@ class _Builder:
         groups = 1 if isinstance(layer, nn.Linear) else layer.groups
         bias = 0 if layer.bias is None else 1
         if groups > 1:
-            # Every output channel reads in_channels / groups inputs, whatever a policy keeps:
-            # one when depthwise, and other grouped convolutions are fixed.
+            # Every output channel reads in_channels / groups inputs, whatever a policy keeps.
             kernel *= int(layer.weight.shape[1])
             return LayerCost(
                 name=name,
@@ -154,10 +147,11 @@ def _disagreement(module: nn.Module, plan: CuttingPlan, example: Tensor) -> str 
     rng = np.random.default_rng(0)
     table = plan.table
     keep = np.ones(int(table.channels.sum()) + 1, dtype=np.bool_)
-    for offset, channels in zip(table.offsets, table.channels, strict=True):
-        if channels > 1:
-            removed = rng.permutation(channels)[: max(1, channels // 2)]
-            keep[offset + removed] = False
+    for offset, group in zip(table.offsets, table.groups, strict=True):
+        parts = group.channels // group.granularity
+        if parts > 1:
+            removed = rng.permutation(parts)[: max(1, parts // 2)]
+            keep[offset : offset + group.channels].reshape(parts, -1)[removed] = False
     masked, cut = copy.deepcopy(module), copy.deepcopy(module)
     layers = dict(masked.named_modules())
     for entry in plan.cuts:

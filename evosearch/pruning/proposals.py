@@ -1,123 +1,25 @@
-"""Which channels might have to be cut together. The only module that imports Torch-Pruning.
+"""Which channels might have to be cut together.
 
-Torch-Pruning's dependency graph proposes; what its bookkeeping already rules out, and layers that
-we cannot narrow, are objected to here. `groups` checks the rest.
+Torch-Pruning's dependency graph proposes, plain chains where it gives up; what their bookkeeping
+already rules out is objected to here. `groups` checks the rest.
 """
 
-import warnings
+import math
 from collections import defaultdict
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evosearch.errors import NetworkError
+from evosearch.pruning.chains import chains
+from evosearch.pruning.dependencies import dependencies
+from evosearch.pruning.layers import Convolution, Norm, Proposal, dimensions, is_depthwise
 
-__all__ = [
-    "Convolution",
-    "Norm",
-    "Positions",
-    "Proposal",
-    "dimensions",
-    "output_positions",
-    "propose",
-]
-
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
-
+__all__ = ["Positions", "output_positions", "propose"]
 
 # Output positions per image, and height and width of the output.
 Positions = dict[str, tuple[int, tuple[int, int]]]
-
-
-@dataclass
-class Proposal:
-    """A proposal of the dependency graph: which indices of which layer follow which channel."""
-
-    name: str
-    channels: int
-    outs: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    ins: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    reason: str | None = None
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether each output channel reads the one input channel of the same number."""
-    return (
-        isinstance(module, Convolution)
-        and module.groups == module.in_channels == module.out_channels
-        and module.groups > 1
-    )
-
-
-def dimensions(module: nn.Module) -> tuple[int, int]:
-    """Output and input width of a layer."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    if isinstance(module, Convolution):
-        return module.out_channels, module.in_channels
-    assert isinstance(module, Norm)  # noqa: S101  callers pass supported layers only
-    return module.num_features, module.num_features
-
-
-def _unsupported(module: nn.Module) -> str | None:
-    """Why a layer cannot be narrowed, or None if it can."""
-    if isinstance(module, Convolution):
-        if module.groups > 1 and not is_depthwise(module):
-            return f"grouped convolution ({module.groups} groups)"
-        return None
-    if isinstance(module, nn.Linear | Norm):
-        return None
-    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-        return None
-    return f"{type(module).__name__} cannot be narrowed"
-
-
-def _proposals(module: nn.Module, example: Tensor) -> list[Proposal]:
-    """Runs Torch-Pruning's dependency graph over a copy of the network."""
-    import torch_pruning as tp
-
-    graph = tp.DependencyGraph()
-    with warnings.catch_warnings(), torch.enable_grad():
-        warnings.simplefilter("ignore")
-        try:
-            graph.build_dependency(module, (example,), verbose=False)
-            groups = list(graph.get_all_groups())
-        except Exception as exc:  # a user's network may do anything while it is traced
-            raise NetworkError(
-                f"Torch-Pruning cannot follow the network on an input of shape "
-                f"{tuple(example.shape)}: {exc!r}"
-            ) from exc
-    names = {part: name for name, part in module.named_modules()}
-    return [_candidate(graph, group, names) for group in groups]
-
-
-def _candidate(graph: object, group: object, names: dict[nn.Module, str]) -> Proposal:
-    items = list(group)  # type: ignore[call-overload]
-    root = items[0].dep.target.module
-    found = Proposal(name=names[root], channels=len(items[0].idxs))
-    for item in items:
-        target = item.dep.target.module
-        if isinstance(target, nn.Parameter):
-            found.reason = f"a bare parameter of shape {tuple(target.shape)} depends on it"
-        if not isinstance(target, nn.Module) or target not in names:
-            continue
-        name = names[target]
-        if why := _unsupported(target):
-            found.reason = found.reason or f"{name}: {why}"
-            continue
-        if not isinstance(target, nn.Linear | Norm | Convolution):
-            continue
-        is_in = graph.is_in_channel_pruning_fn(item.dep.handler)  # type: ignore[attr-defined]
-        passes_through = isinstance(target, Norm) or is_depthwise(target)
-        side = found.ins if is_in and not passes_through else found.outs
-        width = dimensions(target)[1 if side is found.ins else 0]
-        sources = side.setdefault(name, np.full(width, -1, dtype=np.int64))
-        sources[np.array(item.idxs, dtype=np.int64)] = item.root_idxs
-    return found
 
 
 def _shared_weights(layers: dict[str, nn.Module]) -> dict[str, str]:
@@ -132,6 +34,48 @@ def _shared_weights(layers: dict[str, nn.Module]) -> dict[str, str]:
         if len(set(names)) > 1
         for name in names
     }
+
+
+def _join_over_grouped(proposals: list[Proposal], layers: dict[str, nn.Module]) -> list[Proposal]:
+    """Makes what a grouped convolution reads and what it writes one proposal.
+
+    The graph proposes them apart, but a group of the convolution can only go as a whole: so many
+    channels read, and as many written, at the same places. Else it computes as it did, and like a
+    depthwise convolution it is nobody's consumer.
+    """
+    for name, layer in layers.items():
+        if not isinstance(layer, Convolution) or layer.groups == 1 or is_depthwise(layer):
+            continue
+        read = [p for p in proposals if name in p.ins]
+        written = [p for p in proposals if name in p.outs]
+        straight = np.arange(layer.out_channels)
+        if not (
+            len(read) == len(written) == 1
+            and all(p.channels == len(straight) for p in (*read, *written))
+            and np.array_equal(read[0].ins[name], straight)
+            and np.array_equal(written[0].outs[name], straight)
+        ):
+            for proposal in (*read, *written):
+                proposal.reason = proposal.reason or (
+                    f"{name}: grouped convolution ({layer.groups} groups) that reads and writes "
+                    "channels of other numbers"
+                )
+            continue
+        first, second = read[0], written[0]
+        del first.ins[name]
+        first.granularity = math.lcm(
+            first.granularity, second.granularity, layer.out_channels // layer.groups
+        )
+        if first is not second:
+            proposals = [p for p in proposals if p is not second]
+            first.reason = first.reason or second.reason
+            for ours, theirs in ((first.outs, second.outs), (first.ins, second.ins)):
+                for other, sources in theirs.items():
+                    before = ours.get(other, sources)
+                    ours[other] = np.where(sources >= 0, sources, before)
+        if first.granularity == first.channels:
+            first.reason = first.reason or f"{name}: grouped convolution, of which no group can go"
+    return proposals
 
 
 def _objection(
@@ -200,14 +144,15 @@ def propose(module: nn.Module, example: Tensor, positions: Positions) -> list[Pr
         module: In evaluation mode, all parameters requiring gradients.
         example: An input.
         positions: From `output_positions`; its order is the order of execution.
-
-    Raises:
-        NetworkError: Torch-Pruning cannot follow the network.
     """
     layers = dict(module.named_modules())
     order = {name: place for place, name in enumerate(positions)}
     shared = _shared_weights(layers)
-    proposals = _proposals(module, example)
+    try:
+        proposals = dependencies(module, example)
+    except NetworkError as exc:
+        proposals = chains(module, example, str(exc))
+    proposals = _join_over_grouped(proposals, layers)
     for proposal in proposals:
         producers = [name for name in proposal.outs if name in order]
         if producers:

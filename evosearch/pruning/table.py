@@ -35,6 +35,8 @@ class Group:
             a stage.
         producers: Layers whose outputs they are.
         consumers: Layers that read them.
+        granularity: Kept channels are multiples of this: so many next to each other go or stay
+            together, being those of a group of a grouped convolution.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Group:
     resolution: tuple[int, int]
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
+    granularity: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,7 @@ class LayerCost:
 
     MACs are `macs * in_width * out_width`, parameters
     `weights * in_width * out_width + per_output * out_width`. A layer without an input dimension
-    (depthwise convolution, batch norm) has `in_axis` None and an input width of 1.
+    (depthwise or grouped convolution, batch norm) has `in_axis` None and an input width of 1.
 
     Args:
         name: Name of the layer.
@@ -127,6 +130,15 @@ class GroupTable:
     def channels(self) -> IntArray:
         """`(n_groups,)` channels of each group in the dense network."""
         return np.array([group.channels for group in self.groups], dtype=np.int64)
+
+    @cached_property
+    def granularities(self) -> IntArray:
+        """`(n_groups,)` of what the kept channels of each group are multiples."""
+        return np.array([group.granularity for group in self.groups], dtype=np.int64)
+
+    def whole(self, keep: IntArray) -> IntArray:
+        """Counts `(..., n_groups)`, at least 1, rounded up to what can be kept."""
+        return np.asarray(-(-keep // self.granularities) * self.granularities)
 
     @cached_property
     def offsets(self) -> IntArray:
@@ -194,6 +206,11 @@ class GroupTable:
         for group, count in zip(self.groups, policy.keep, strict=True):
             if count > group.channels:
                 raise PolicyError(f"group {group.name} has {group.channels} channels, not {count}")
+            if count % group.granularity:
+                raise PolicyError(
+                    f"group {group.name} keeps multiples of {group.granularity} channels, not "
+                    f"{count}"
+                )
 
     def costs(self, keep: IntArray) -> tuple[IntArray, IntArray]:
         """MACs and parameters of many policies at once.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
@@ -47,6 +48,17 @@ class _Pruned(BaseModel):
     std: tuple[float, ...]
     groups: tuple[tuple[str, int], ...]
     keep: tuple[int, ...]
+
+    def policy(self, groups: Sequence[tuple[str, int]]) -> Policy:
+        """For the groups of the network, of which an earlier version may have cut fewer.
+
+        Raises:
+            PolicyError: The file has more or fewer counts than groups.
+        """
+        if len(self.keep) != len(self.groups):
+            raise PolicyError(f"it has {len(self.keep)} counts for {len(self.groups)} groups")
+        kept = dict(zip(self.groups, self.keep, strict=True))
+        return Policy(tuple(kept.get(group, group[1]) for group in groups))
 
 
 def save_pruned(
@@ -116,17 +128,18 @@ def load_pruned(
     except ValueError as exc:
         told = explain(exc, _Pruned) if isinstance(exc, ValidationError) else str(exc)
         raise NetworkError(f"{file} is not a pruned network of evosearch ({told})") from exc
-    dense = _dense(file, pruned, network)
-    plan = trace(dense)
+    with torch.inference_mode(mode=False):  # groups are found by autograd
+        dense = _dense(file, pruned, network)
+        plan = trace(dense)
     groups = tuple((group.name, group.channels) for group in plan.table.groups)
-    if groups != pruned.groups:
+    if tuple(group for group in groups if group in pruned.groups) != pruned.groups:
         raise NetworkError(
             f"{file} was cut from another network than {dense.spec.name} makes: "
             f"{_difference(pruned.groups, groups)}; name the right one with "
             "load_pruned(file, network=...)"
         )
     try:
-        policy = Policy(pruned.keep)
+        policy = pruned.policy(groups)
         plan.table.check(policy)
     except PolicyError as exc:
         raise NetworkError(f"{file} cannot be cut as it says: {exc}") from exc

@@ -20,8 +20,8 @@ from evosearch.pruning.blending import Blends
 from evosearch.pruning.compensation import Compensator
 from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.folding import FastCopy, Layout
+from evosearch.pruning.layers import Norm
 from evosearch.pruning.patches import PatchCompensator
-from evosearch.pruning.proposals import Norm
 from evosearch.pruning.reconstruction import Reconstructor
 from evosearch.pruning.statistics import shared_tensor
 from evosearch.scoring.features import Distortion

@@ -165,7 +165,7 @@ def seconds_of(
     stopwatch = stopwatch_named(recipe.measure)
     images = network.example(recipe.images)
     cutter, reference = Cutter(plan, network.module), Cutter(plan, network.module)
-    half = -(-plan.table.channels // 2)
+    half = plan.table.whole(-(-plan.table.channels // 2))
     ratios: list[list[float]] = []
     beside: list[float] = []
     with _threads(recipe.threads):
@@ -198,14 +198,15 @@ def draw_widths(table: GroupTable, n: int, seed: int, round_to: int = 1) -> IntA
         table: Knows the groups.
         n: How many policies.
         seed: Of what is random.
-        round_to: Widths are multiples of this, or all channels.
+        round_to: Widths are multiples of this, or all channels; of grouped convolutions, whole
+            groups.
     """
     rng = np.random.default_rng(seed)
     levels = rng.uniform(0.1, 1.0, size=(n, 1))
     shares = levels + rng.uniform(-0.3, 0.3, size=(n, len(table.groups)))
     shares[n // 2 :] = rng.uniform(0.05, 1.0, size=(n - n // 2, len(table.groups)))
     wanted = np.ceil(table.channels * shares.clip(0.05, 1.0) / round_to) * round_to
-    keep = np.minimum(wanted.astype(np.int64), table.channels)
+    keep = table.whole(np.minimum(wanted.astype(np.int64), table.channels))
     keep[0] = table.channels
     return np.asarray(keep)
 

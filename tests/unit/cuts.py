@@ -24,6 +24,8 @@ SPECS: dict[str, NetworkSpec] = {name: NetworkSpec(name=name) for name in BUILT_
     "mobilenet_v2": NetworkSpec(name="mobilenet_v2", **SMALL),
     "mobilenet_v3_small": NetworkSpec(name="mobilenet_v3_small", **SMALL),
     "densenet121": NetworkSpec(name="densenet121", **SMALL),
+    "regnet_y_400mf": NetworkSpec(name="regnet_y_400mf", **SMALL),
+    "shufflenet_v2_x0_5": NetworkSpec(name="shufflenet_v2_x0_5", **SMALL),
     "vgg11_bn": NetworkSpec(name="vgg11_bn", input_shape=(3, 32, 32)),
 }
 FIXED_STREAM = "it covers 16 of the 32 output channels of layer2.0.conv2"
@@ -52,16 +54,17 @@ traced_once = cache(traced_anew)
 
 
 def choose(table: GroupTable, counts: NDArray[np.int64], seed: int) -> Keep:
-    """Keeps `counts` channels of each group, any of them."""
+    """Keeps `counts` channels of each group, any of them that can go together."""
     rng = np.random.default_rng(seed)
     keep = np.ones(int(table.channels.sum()) + 1, dtype=np.bool_)
-    for offset, channels, count in zip(table.offsets, table.channels, counts, strict=True):
-        keep[offset + rng.permutation(channels)[count:]] = False
+    for offset, group, count in zip(table.offsets, table.groups, counts, strict=True):
+        parts = keep[offset : offset + group.channels].reshape(-1, group.granularity)
+        parts[rng.permutation(len(parts))[count // group.granularity :]] = False
     return keep
 
 
 def random_counts(table: GroupTable, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(1, table.channels + 1)
+    return table.whole(np.random.default_rng(seed).integers(1, table.channels + 1))
 
 
 def counted_macs(network: Network, module: nn.Module) -> int:

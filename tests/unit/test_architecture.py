@@ -52,7 +52,7 @@ OWNERS = {
     "ray": {"evosearch.scoring.pool"},
     "safetensors": {"evosearch.networks.weights"},
     "sqlite3": {"evosearch.ledger"},
-    "torch_pruning": {"evosearch.pruning.proposals"},
+    "torch_pruning": {"evosearch.pruning.dependencies"},
     "typer": {"evosearch.cli"},
 }
 TORCH_FOLDERS = ("networks", "pruning", "scoring", "training")

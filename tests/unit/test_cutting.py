@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from evosearch.pruning.cutting import Cutter, kept_indices
+from evosearch.pruning.layers import is_depthwise
 from evosearch.pruning.table import FixedGroup, GroupTable
 from tests.unit.cuts import (
     FIXED_STREAM,
@@ -43,9 +44,8 @@ def resnet20() -> Traced:
 
 
 def some_counts(table: GroupTable) -> list[NDArray[np.int64]]:
-    """Two random policies, the dense one, and one channel everywhere."""
-    ones = np.ones_like(table.channels)
-    return [random_counts(table, 0), random_counts(table, 1), table.channels, ones]
+    """Two random policies, the dense one, and the narrowest one."""
+    return [random_counts(table, 0), random_counts(table, 1), table.channels, table.granularities]
 
 
 # --- every network
@@ -122,9 +122,12 @@ def test_groups_and_fixed_groups_cover_every_layer(traced: Traced) -> None:
     named |= {group.name for group in plan.table.fixed}
     convolutions = {n for n, m in network.module.named_modules() if isinstance(m, nn.Conv2d)}
     hidden = convolutions - named
-    # What is left belongs to a fixed residual stream, named by its first layer.
-    assert not hidden or reasons(plan)["conv1"] == FIXED_STREAM
-    assert all(name.endswith("conv2") for name in hidden)
+    # What is left goes with fixed channels that are named by their first layer: of a residual
+    # stream, or those that a depthwise convolution reads.
+    layers = dict(network.module.named_modules())
+    deep = {name for name in hidden if is_depthwise(layers[name])}
+    assert hidden == deep or reasons(plan)["conv1"] == FIXED_STREAM
+    assert all(name.endswith("conv2") for name in hidden - deep)
 
 
 def test_classifier_is_fixed_as_the_networks_output(traced: Traced) -> None:

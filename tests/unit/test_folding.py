@@ -11,7 +11,7 @@ from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.folding import FastCopy, Layout, layout_of
 from evosearch.pruning.groups import trace
-from evosearch.pruning.proposals import Norm
+from evosearch.pruning.layers import Norm
 from evosearch.scoring.proxies import ProxySettings
 from evosearch.scoring.workload import (
     divergence,

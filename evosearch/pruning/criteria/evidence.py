@@ -14,7 +14,7 @@ from evosearch.pruning.criteria.gradients import NORM_GRADIENTS, WEIGHT_GRADIENT
 from evosearch.pruning.criteria.maps import LOOKS
 from evosearch.pruning.criteria.view import Evidence
 from evosearch.pruning.cutting import CuttingPlan
-from evosearch.pruning.proposals import Norm
+from evosearch.pruning.layers import Norm
 from evosearch.pruning.statistics import Units, units_of
 
 __all__ = ["LABELLED", "NEEDS", "Samples", "collect"]

@@ -57,6 +57,12 @@ def _scores(name: str, criterion: Criterion, view: GroupView) -> FloatArray:
     return scores
 
 
+def _whole(scores: FloatArray, view: GroupView) -> FloatArray:
+    """Gives channels that can only go together the mean of their scores."""
+    size = view.group.granularity
+    return scores if size == 1 else np.repeat(scores.reshape(-1, size).mean(axis=1), size)
+
+
 def _check_provided(
     found: Mapping[str, Criterion], table: GroupTable, samples: Samples | None, grams: bool
 ) -> None:
@@ -94,7 +100,7 @@ def channel_scores(
 
     Returns:
         `(n_criteria, n_channels)` by flat channel number, larger = more important. Scales differ
-        between criteria and groups.
+        between criteria and groups. Channels that go together have one score, their mean.
 
     Raises:
         ConfigError: A criterion is unknown, or lacks images or labels.
@@ -111,7 +117,7 @@ def channel_scores(
     views = group_views(module, plan, grams, evidence, coupling)
     with torch.inference_mode():
         rows = [
-            np.concatenate([_scores(name, criterion, view) for view in views])
+            np.concatenate([_whole(_scores(name, criterion, view), view) for view in views])
             for name, criterion in found.items()
         ]
     return np.array(rows).reshape(len(found), int(plan.table.channels.sum()))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from evosearch.errors import ConfigError
 from evosearch.pruning.cutting import CuttingPlan
-from evosearch.pruning.proposals import Norm
+from evosearch.pruning.layers import Norm
 from evosearch.pruning.statistics import units_of
 from evosearch.pruning.table import Group
 
