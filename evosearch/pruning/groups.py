@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from evosearch.errors import NetworkError
 from evosearch.networks import Network
@@ -223,7 +224,20 @@ def trace(network: Network) -> CuttingPlan:
     ]
     if not chosen:
         raise NetworkError(f"nothing in {network.spec.name} can be pruned; {_summary(fixed)}")
-    return _Builder(chosen, layers, positions).build(fixed)
+    plan = _Builder(chosen, layers, positions).build(fixed)
+    others = max(0, _counted_macs(module, network.example(1)) - plan.table.dense_costs[0])
+    return replace(plan, table=replace(plan.table, other_macs=others))
+
+
+def _counted_macs(module: nn.Module, example: Tensor) -> int:
+    """By torch's own counter, which sees products outside layers, too; 0 if it cannot."""
+    try:
+        # With gradients: attention is then made of operations that are counted.
+        with FlopCounterMode(display=False) as counter, torch.enable_grad():
+            module(example)
+    except Exception:  # noqa: BLE001  a user's forward may not bear being watched
+        return 0
+    return int(counter.get_total_flops()) // 2
 
 
 def _summary(fixed: Sequence[FixedGroup]) -> str:

@@ -116,6 +116,8 @@ class GroupTable:
         axes: All distinct dimensions.
         layers: Costs of convolutions, linear layers and norms.
         other_params: Parameters that no policy changes.
+        other_macs: Multiply-accumulates outside layers, as those of attention are; taken not to
+            change either.
         latency: What foretells the time of a forward pass; None if that was not measured.
     """
 
@@ -124,6 +126,7 @@ class GroupTable:
     axes: tuple[Axis, ...]
     layers: tuple[LayerCost, ...]
     other_params: int = 0
+    other_macs: int = 0
     latency: LatencyModel | None = None
 
     @cached_property
@@ -178,7 +181,7 @@ class GroupTable:
             pair = np.outer(ins, width[layer.out_axis])
             found += np.array([layer.macs, layer.weights])[:, None, None] * pair
             found[1, -1] += layer.per_output * width[layer.out_axis]
-        found[1, -1, -1] += self.other_params
+        found[:, -1, -1] += [self.other_macs, self.other_params]
         return tuple(
             (
                 q[:-1, :-1].astype(np.float64),
@@ -215,7 +218,7 @@ class GroupTable:
     def costs(self, keep: IntArray) -> tuple[IntArray, IntArray]:
         """MACs and parameters of many policies at once.
 
-        A MAC is one multiply-accumulate of a convolution or a linear layer, for one image. Norms,
+        A MAC is one multiply-accumulate of a convolution or a matrix product, for one image. Norms,
         activations and additions are not counted. Parameters include biases and norms.
 
         Args:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from evosearch.pruning.cutting import Cutter, kept_indices
 from evosearch.pruning.layers import is_depthwise
@@ -26,6 +27,7 @@ from tests.unit.cuts import (
     traced_anew,
     traced_once,
 )
+from tests.unit.small_networks import own
 
 SLOW = {"vgg11_bn"}  # 129 million parameters; tracing alone takes 12 s
 
@@ -190,3 +192,34 @@ def test_axis_that_stays_whole_needs_no_indices(resnet20: Traced) -> None:
     _, plan = resnet20
     table = plan.table
     assert kept_indices(table, choose(table, table.channels, 0)) == [None] * len(table.axes)
+
+
+# --- what is no layer
+
+
+def test_products_outside_layers_count_and_stay() -> None:
+    class Attending(nn.Module):
+        """A hidden layer on 36 tokens of 8 channels, behind attention of two heads."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.fc = nn.Conv2d(3, 8, 1), nn.Linear(8, 10)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.wide, self.narrow = nn.Linear(8, 20), nn.Linear(20, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.stem(x).flatten(2).transpose(1, 2)
+            tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=True)[0]
+            logits: Tensor = self.fc(self.narrow(self.wide(tokens).relu()).mean(1))
+            return logits
+
+    network, plan = own(Attending())
+    table = plan.table
+    # Queries, keys, values and what is made of them; then two products for each of two heads.
+    assert table.other_macs == 36 * 4 * 8 * 8 + 2 * 2 * 36 * 36 * 4
+    for counts in some_counts(table):
+        cut = Cutter(plan, network.module).cut(choose(table, counts, 0))
+        # Without gradients attention is one operation, which the counter does not know.
+        with FlopCounterMode(display=False) as counter:
+            cut(network.example(1))
+        assert table.costs(counts[None])[0].item() == counter.get_total_flops() // 2
