@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,9 +12,9 @@ ROOT = Path(__file__).parents[2]
 _TRIES = 4
 
 
-def transfers(*arguments: str) -> dict[str, int]:
-    """How often scoring a candidate moves something between devices, by direction."""
-    command = [sys.executable, "-m", "tests.unit.fake_gpu", *arguments]
+def printed(script: str, *arguments: str) -> Any:
+    """What a script found."""
+    command = [sys.executable, "-m", f"tests.unit.{script}", *arguments]
     for _ in range(_TRIES):
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
@@ -23,14 +24,22 @@ def transfers(*arguments: str) -> dict[str, int]:
         if done.returncode == 0:
             break
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, int] = json.loads(done.stdout)
-    return found
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("layers", ["all", "cut"])
 def test_candidate_asks_a_gpu_for_nothing_but_its_answers(layers: str) -> None:
-    shallow, deep = (transfers(name, layers) for name in ("resnet20", "resnet32"))
+    shallow, deep = (printed("fake_gpu", name, layers) for name in ("resnet20", "resnet32"))
     # Outputs and distortion of two batches come back, whatever the depth.
     assert shallow["cuda to cpu"] == deep["cuda to cpu"] == 4
     # Indices of the cut, both compensations and the fit go there; the classifier's target.
     assert shallow["cpu to cuda"] == deep["cpu to cuda"] <= 8
+
+
+def test_training_asks_a_gpu_for_nothing_before_the_epoch_is_over() -> None:
+    short, long = printed("fake_gpu_training")
+    # Whether the loss is finite, its mean, and top-1: once, however many steps there were.
+    assert short["numbers"] == long["numbers"] == 3
+    # Images and labels of each step go there, and nothing comes back.
+    assert (short.pop("cpu to cuda"), long.pop("cpu to cuda")) == (2 * 2, 5 * 2)
+    assert short == long == {"numbers": 3}
