@@ -103,7 +103,9 @@ class _Visited:
 
     def blank(self, x: Tensor) -> Tensor:
         """Stands for the output until the sum; nobody reads it."""
-        size = output_size(self.layer, x) if x.ndim == 4 else ()
+        if isinstance(self.layer, nn.Linear):
+            return x.new_empty(()).expand(*x.shape[:-1], len(self.layer.weight))
+        size = output_size(self.layer, x)
         return x.new_empty(()).expand(len(x), len(self.layer.weight), *size)
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "flat_weight",
     "output_size",
     "pads_with_zeros",
+    "places_of_output",
     "shaped_weight",
 ]
 
@@ -42,12 +43,29 @@ def output_size(layer: Any, x: Tensor) -> tuple[int, ...]:
     )
 
 
-def drawn_positions(name: str, size: tuple[int, int], count: int) -> NDArray[np.int64]:
-    """`(count or all, 2)` rows and columns of a map, drawn by the layer's name, in order."""
-    height, width = size
+def places_of_output(layer: nn.Module, output: Tensor) -> tuple[int, ...]:
+    """Height and width of a map; how many tokens a linear layer returns for each image, if it does.
+
+    Args:
+        layer: Linear, or a convolution.
+        output: `(n, channels, h, w)`; of a linear layer `(n, features)`, or `(n, ..., features)`,
+            as transformers and ConvNeXt have it.
+    """
+    if isinstance(layer, nn.Linear):
+        return (output.shape[1:-1].numel(),) if output.ndim > 2 else ()
+    return tuple(output.shape[2:])
+
+
+def drawn_positions(name: str, size: tuple[int, ...], count: int) -> NDArray[np.int64]:
+    """Of a map of that size, drawn by the layer's name, in order.
+
+    Returns:
+        `(count or all, 2)` rows and columns, or `(count or all, 1)` tokens.
+    """
+    places = int(np.prod(size))
     rng = np.random.default_rng(zlib.crc32(name.encode()))
-    flat = rng.choice(height * width, size=min(count, height * width), replace=False)
-    return np.stack(np.divmod(np.sort(flat), width), axis=1)
+    flat = np.sort(rng.choice(places, size=min(count, places), replace=False))
+    return np.stack(np.unravel_index(flat, size), axis=1)
 
 
 class Sampler:
@@ -57,8 +75,8 @@ class Sampler:
     selection of rows per layer, along indices that are made once and stay on the device.
 
     Args:
-        positions: `(n_positions, 2)` row and column in the output; None for a linear layer, of
-            which everything is read.
+        positions: `(n_positions, 2)` row and column in the output; `(n_positions, 1)` tokens of a
+            linear layer; None where that has one row per image.
     """
 
     def __init__(self, positions: NDArray[np.int64] | None) -> None:
@@ -67,12 +85,14 @@ class Sampler:
         self._patch_rows: tuple[Any, Tensor, Tensor | None] | None = None
 
     def outputs(self, output: Tensor) -> Tensor:
-        """`(n * n_positions, channels)` float32 of `(n, channels, h, w)` or `(n, channels)`.
+        """`(n * n_positions, channels)` float32 of `(n, channels, h, w)` or `(n, ..., channels)`.
 
         A copy: later operations may work in place.
         """
         if self._positions is None:
             return output.to(torch.float32, copy=True)
+        if self._positions.shape[1] == 1:
+            return self._tokens(output).float()
         n, channels, height, width = output.shape
         key = (n, height, width, output.device)
         if self._output_rows is None or self._output_rows[0] != key:
@@ -86,7 +106,7 @@ class Sampler:
         """What the layer reads for those outputs, as `flat_weight` orders it.
 
         Args:
-            x: `(n, channels, h, w)`, or `(n, features)` for a linear layer.
+            x: `(n, channels, h, w)`, or `(n, ..., features)` for a linear layer.
             layer: A linear layer, or a convolution as in `pads_with_zeros`, not grouped.
 
         Returns:
@@ -94,6 +114,8 @@ class Sampler:
         """
         if self._positions is None:
             return x
+        if self._positions.shape[1] == 1:
+            return self._tokens(x)
         n, channels, height, width = x.shape
         key = (n, height, width, x.device)
         if self._patch_rows is None or self._patch_rows[0] != key:
@@ -110,6 +132,16 @@ class Sampler:
             flat = flat.index_fill_(0, outside, 0)
         area = layer.kernel_size[0] * layer.kernel_size[1]
         return flat.view(-1, area * channels)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """`(n * n_positions, features)` of `(n, ..., features)`."""
+        assert self._positions is not None  # noqa: S101  callers checked
+        n, count = len(x), x.shape[1:-1].numel()
+        key = (n, count, x.device)
+        if self._output_rows is None or self._output_rows[0] != key:
+            rows = np.arange(n)[:, None] * count + self._positions[:, 0]
+            self._output_rows = key, torch.from_numpy(rows.ravel()).to(x.device)
+        return x.reshape(-1, x.shape[-1]).index_select(0, self._output_rows[1])
 
     def _patch_indices(
         self, n: int, height: int, width: int, layer: Any

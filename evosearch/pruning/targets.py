@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evosearch.pruning.folding import FastCopy, Layout
-from evosearch.pruning.sampling import Sampler, drawn_positions, pads_with_zeros
+from evosearch.pruning.sampling import Sampler, drawn_positions, pads_with_zeros, places_of_output
 from evosearch.pruning.watching import Watch
 
 __all__ = ["Target", "targets_of"]
@@ -22,9 +22,9 @@ class Target:
 
     Args:
         values: `(n_images * n_positions, n_outputs)` float32.
-        positions: `(n_positions, 2)` row and column in the output; None for a linear layer.
+        positions: Where values were read; see `Sampler`.
         summed: Whether the values are those of the sum.
-        shape: Of the output without batch and channels.
+        shape: See `places_of_output`.
     """
 
     values: NDArray[np.float32]
@@ -56,8 +56,8 @@ class _Recorder:
         """A layer has run."""
         name = self._names[layer]
         self._runs[name] += 1
-        size = tuple(output.shape[2:])
-        self._places[name] = drawn_positions(name, size, self._count) if len(size) == 2 else None
+        size = places_of_output(layer, output)
+        self._places[name] = drawn_positions(name, size, self._count) if size else None
         self._shapes[name] = size
         # Now: later operations may work in place.
         self._values[name] = Sampler(self._places[name]).outputs(output)
@@ -88,7 +88,7 @@ class _Recorder:
         for name, value in self._values.items():
             # An output that something else reads as well has to be right by itself.
             summed = name in self._sums and self._reads[name] == 1
-            if self._runs[name] == 1 and (self._places[name] is not None or value.ndim == 2):
+            if self._runs[name] == 1:
                 found[name] = Target(
                     values=(self._sums[name] if summed else value).cpu().numpy(),
                     positions=self._places[name],

@@ -48,15 +48,15 @@ class Samples:
         return self.own_labels or self.labels is not None
 
 
-def _as_maps(units: Units, x: Tensor) -> Tensor:
+def _as_maps(module: nn.Module, units: Units, x: Tensor) -> Tensor:
     """The input of a consumer as `(n, n_units, height, width)`.
 
     Maps that were flattened into features are taken to be as square as their size allows.
     """
+    if isinstance(module, nn.Linear):
+        x = x.movedim(-1, 1)
     if units.order.shape[1] == 1 and x.ndim == 4:
         return x
-    if x.ndim == 3 and x.shape[1] != units.order.size:  # tokens of features
-        x = x.transpose(1, 2)
     flat = units.gather(x)
     height = next(h for h in range(int(flat.shape[2] ** 0.5), 0, -1) if flat.shape[2] % h == 0)
     return flat.reshape(*flat.shape[:2], height, -1)
@@ -70,9 +70,9 @@ class _Watch:
         self.found: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
 
     def __call__(
-        self, _module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+        self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
     ) -> None:
-        maps = _as_maps(self._units, next(iter((*inputs, *named.values()))).detach())
+        maps = _as_maps(module, self._units, next(iter((*inputs, *named.values()))).detach())
         # Decompositions raise on what is not finite; here it marks the channel.
         lost = ~torch.isfinite(maps).all(dim=3).all(dim=2)
         maps = maps.nan_to_num()

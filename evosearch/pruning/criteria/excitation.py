@@ -16,6 +16,7 @@ References:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,9 @@ def excitation(view: GroupView) -> Tensor:
 class _Gate(nn.Module):
     """Multiplies the output of a layer by twice its excitation."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
+        channels, self._linear = len(layer.weight), isinstance(layer, nn.Linear)
         small = channels <= 16
         hidden = 1 if small else channels // 16
         self.squeeze = nn.Linear(channels, hidden, bias=small)
@@ -57,6 +59,11 @@ class _Gate(nn.Module):
         self.last = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._linear:  # the channels of tokens come last
+            return self._gated(x.movedim(-1, 1)).movedim(1, -1)
+        return self._gated(x)
+
+    def _gated(self, x: Tensor) -> Tensor:
         pooled = x.flatten(2).mean(dim=2) if x.ndim > 2 else x
         if not self.started:
             # Unit variance, and no unit that ReLU keeps silent from the start.
@@ -86,7 +93,7 @@ def train_excitations(
     layers = dict(module.named_modules())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        gates = {name: _Gate(len(layers[name].weight)) for name in producers}
+        gates = {name: _Gate(layers[name]) for name in producers}
     handles = [
         layers[name].register_forward_hook(lambda _m, _i, out, gate=gate: gate(out))
         for name, gate in gates.items()
