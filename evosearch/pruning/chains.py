@@ -7,7 +7,7 @@ depthwise convolutions to layers that read nothing else. That much autograd know
 graph's proposals, whether cutting them is right is not believed but checked (`groups`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -79,6 +79,70 @@ class _Run:
         return found
 
 
+class _Flow:
+    """Which layers write what each layer reads, norms and depthwise convolutions looked through.
+
+    Args:
+        module, example: To run.
+        why: The dependency graph gave up.
+    """
+
+    def __init__(self, module: nn.Module, example: Tensor, why: str) -> None:
+        run = _Run(module, example)
+        self.layers = {n: layer for n, layer in _watched(module) if n in run.sources}
+        self._why = why
+        self._repeated = run.repeated
+        self.through = {
+            name
+            for name, layer in self.layers.items()
+            if isinstance(layer, Norm) or is_depthwise(layer)
+        }
+        # In order of execution, so that what wrote to a source is known; no layer is behind itself.
+        self._behind: dict[str, set[str]] = {}
+        for name, sources in run.sources.items():
+            self._behind[name] = set()
+            for source in sources:
+                seen = self._behind.get(source, set()) if source in self.through else {source}
+                self._behind[name] |= seen
+
+    def chain(self, name: str) -> Proposal:
+        """What one layer writes, with those who read it."""
+        width = dimensions(self.layers[name])[0]
+        found = Proposal(name=name, channels=width, outs={name: np.arange(width)})
+        readers = [reader for reader, writers in self._behind.items() if name in writers]
+        if _OUTPUT in readers:
+            found.reason = "it is the network's output"
+            return found
+        objections = (self._objection(name, reader) for reader in readers)
+        found.reason = next((told for told in objections if told), None)
+        if found.reason is None:
+            for reader in readers:
+                side = found.outs if reader in self.through else found.ins
+                side[reader] = np.repeat(np.arange(width), self._taken(reader) // width)
+        return found
+
+    def stray(self, name: str) -> Proposal:
+        """A depthwise convolution that is in no chain."""
+        width = dimensions(self.layers[name])[0]
+        reason = f"what it reads is no single layer's, and {self._why}"
+        return Proposal(name=name, channels=width, outs={name: np.arange(width)}, reason=reason)
+
+    def _taken(self, reader: str) -> int:
+        return dimensions(self.layers[reader])[0 if reader in self.through else 1]
+
+    def _objection(self, name: str, reader: str) -> str | None:
+        others = sorted(self._behind[reader] - {name})
+        twice = sorted(self._repeated & {reader, name})
+        width, taken = dimensions(self.layers[name])[0], self._taken(reader)
+        if others:
+            return f"{reader} reads it along with {others[0]}, and {self._why}"
+        if twice:
+            return f"{twice[0]} runs twice, and {self._why}"
+        if taken % width:
+            return f"{reader} reads {taken} channels where it has {width}, and {self._why}"
+        return None
+
+
 def chains(module: nn.Module, example: Tensor, why: str) -> list[Proposal]:
     """A proposal for each layer whose outputs are read by layers that read nothing else.
 
@@ -91,59 +155,8 @@ def chains(module: nn.Module, example: Tensor, why: str) -> list[Proposal]:
         One for each convolution and linear layer that ran, with an objection where it has no
         such readers.
     """
-    run, layers = _Run(module, example), dict(_watched(module))
-    through = {n for n, layer in layers.items() if isinstance(layer, Norm) or is_depthwise(layer)}
-    behind: dict[str, set[str]] = {}
-
-    def producers_behind(name: str) -> set[str]:
-        """Who wrote what a layer reads, norms and depthwise convolutions looked through."""
-        if name not in behind:
-            behind[name] = set()  # no layer is behind itself
-            for source in run.sources.get(name, ()):
-                behind[name] |= producers_behind(source) if source in through else {source}
-        return behind[name]
-
-    for name in run.sources:
-        producers_behind(name)
-    found = [
-        _chain(name, layers, through, behind, run.repeated, why)
-        for name in layers
-        if name in run.sources and name not in through
-    ]
+    flow = _Flow(module, example, why)
+    found = [flow.chain(name) for name in flow.layers if name not in flow.through]
     covered = {name for proposal in found for name in proposal.outs}
-    for name in through - covered:
-        if not isinstance(layers[name], Norm):
-            width = dimensions(layers[name])[0]
-            reason = f"what it reads is no single layer's, and {why}"
-            found.append(Proposal(name, width, outs={name: np.arange(width)}, reason=reason))
-    return found
-
-
-def _chain(
-    name: str,
-    layers: Mapping[str, nn.Module],
-    through: set[str],
-    behind: Mapping[str, set[str]],
-    repeated: set[str],
-    why: str,
-) -> Proposal:
-    """The proposal of one producer."""
-    width = dimensions(layers[name])[0]
-    found = Proposal(name=name, channels=width, outs={name: np.arange(width)})
-    for reader, producers in behind.items():
-        if name not in producers:
-            continue
-        if reader == _OUTPUT:
-            found.reason = "it is the network's output"
-            break
-        others = sorted(producers - {name})
-        taken = dimensions(layers[reader])[0 if reader in through else 1]
-        if others:
-            found.reason = f"{reader} reads it along with {others[0]}, and {why}"
-        elif repeated & {reader, name}:
-            found.reason = f"{', '.join(sorted(repeated & {reader, name}))} runs twice, and {why}"
-        elif taken % width:
-            found.reason = f"{reader} reads {taken} channels where it has {width}, and {why}"
-        side = found.outs if reader in through else found.ins
-        side[reader] = np.repeat(np.arange(width), max(1, taken // width))[:taken]
-    return found
+    deep = [n for n in flow.through - covered if not isinstance(flow.layers[n], Norm)]
+    return found + [flow.stray(name) for name in sorted(deep)]

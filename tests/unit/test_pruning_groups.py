@@ -284,7 +284,7 @@ def test_chains_are_found_where_the_dependency_graph_gives_up(
     ]
     why = "and Torch-Pruning cannot follow this network: as a test wants it"
     assert reasons(plan) == {
-        "stem": f"fc reads it along with b, {why}",
+        "stem": f"a reads 4 channels where it has 8, {why}",
         "b": f"fc reads it along with stem, {why}",
         "fc": "it is the network's output",
     }
