@@ -1,6 +1,6 @@
 """Criteria that look at weights and Gram matrices, and the order that follows from one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -89,6 +89,11 @@ def test_consumer_l2_is_the_norm_of_what_reads_a_channel() -> None:
     assert CRITERIA["consumer-l2"].score(view(consumers=[first, second])).tolist() == [3.5, 3.5]
 
 
+def granular(seen: GroupView, size: int) -> GroupView:
+    """The same where so many channels in a row go together."""
+    return replace(seen, group=replace(seen.group, granularity=size))
+
+
 # --- residual energy, by brute force
 
 
@@ -113,14 +118,22 @@ def energy(reader: Consumer, gone: list[int]) -> float:
     return float(np.einsum("oip,ij,ojp->", w, rest, w))
 
 
-def brute_force(readers: Sequence[Consumer], channels: int) -> list[int]:
-    """The step at which each channel is removed, everything recomputed at every step."""
+def brute_force(cost: Callable[[list[int]], float], channels: int, size: int = 1) -> list[int]:
+    """The step at which each channel is removed, everything recomputed at every step.
+
+    Args:
+        cost: Of the channels that are gone.
+        channels: How many there are.
+        size: So many in a row go together.
+    """
     gone: list[int] = []
-    while len(gone) < channels:
-        left = [channel for channel in range(channels) if channel not in gone]
-        totals = [sum(energy(reader, [*gone, channel]) for reader in readers) for channel in left]
+    while len(gone) < channels // size:
+        left = [part for part in range(channels // size) if part not in gone]
+        totals = [
+            cost([part * size + i for part in (*gone, more) for i in range(size)]) for more in left
+        ]
         gone.append(left[int(np.argmin(totals))])
-    return [gone.index(channel) for channel in range(channels)]
+    return [gone.index(channel // size) for channel in range(channels)]
 
 
 @pytest.mark.parametrize("block", [1, 2, 64])
@@ -143,7 +156,21 @@ def test_residual_energy_removes_what_costs_least_at_every_step(
     monkeypatch.setattr("evosearch.pruning.criteria.residual._BLOCK", block)
     readers = [consumer(*shape, seed=10 * seed + i) for i, shape in enumerate(shapes)]
     found = CRITERIA["residual-energy"].score(view(consumers=readers))
-    assert found.tolist() == brute_force(readers, len(shapes[0][3]))
+    wanted = brute_force(
+        lambda gone: sum(energy(reader, gone) for reader in readers), len(shapes[0][3])
+    )
+    assert found.tolist() == wanted
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("size", [2, 3])
+def test_residual_energy_removes_together_what_goes_together(seed: int, size: int) -> None:
+    n = 4 * size
+    order = np.random.default_rng(seed).permutation(n + 2)[:n].tolist()
+    readers = [consumer(3, n, 4, list(range(n)), seed), consumer(2, n + 2, 1, order, seed + 9)]
+    found = CRITERIA["residual-energy"].score(granular(view(consumers=readers), size))
+    wanted = brute_force(lambda gone: sum(energy(reader, gone) for reader in readers), n, size)
+    assert found.tolist() == wanted
 
 
 def test_residual_energy_leaves_its_arguments_alone() -> None:
@@ -187,33 +214,28 @@ def test_of_twins_the_last_goes_first_whatever_rounding_does(sign: float) -> Non
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("n_readers", [1, 2])
-def test_output_variance_removes_what_adds_least_at_every_step(seed: int, n_readers: int) -> None:
+@pytest.mark.parametrize(("channels", "size"), [(5, 1), (6, 2), (6, 3)])
+def test_output_variance_removes_what_adds_least_at_every_step(
+    seed: int, n_readers: int, channels: int, size: int
+) -> None:
     """With kernels of one, A is the true covariance of what is lost."""
     generator = torch.Generator().manual_seed(seed)
     readers, means, lost = [], [], []
     for _ in range(n_readers):
-        mixing = torch.randn(6, 6, generator=generator, dtype=torch.float64)
-        x = torch.randn(400, 6, generator=generator, dtype=torch.float64) @ mixing + 1
-        weight = torch.randn(3, 6, 1, generator=generator, dtype=torch.float64)
-        columns = torch.randperm(6, generator=generator)[:5]
+        mixing = torch.randn(7, 7, generator=generator, dtype=torch.float64)
+        x = torch.randn(400, 7, generator=generator, dtype=torch.float64) @ mixing + 1
+        weight = torch.randn(3, 7, 1, generator=generator, dtype=torch.float64)
+        columns = torch.randperm(7, generator=generator)[:channels]
         readers.append(Consumer(weight, x.T @ x / 400, columns))
         means.append(x[:, columns])
         lost.append(x[:, columns, None] * weight[:, columns, 0].T)
-    found = CRITERIA["output-variance"].score(
-        replace(view(consumers=readers), evidence={"pooled": tuple(means)})
-    )
-    gone: list[int] = []
-    while len(gone) < 5:
-        left = [channel for channel in range(5) if channel not in gone]
-        totals = [
-            sum(
-                float(x[:, [*gone, channel]].sum(dim=1).var(dim=0, correction=0).sum())
-                for x in lost
-            )
-            for channel in left
-        ]
-        gone.append(left[int(np.argmin(totals))])
-    assert found.tolist() == [gone.index(channel) for channel in range(5)]
+
+    def variance(gone: list[int]) -> float:
+        return sum(float(x[:, gone].sum(dim=1).var(dim=0, correction=0).sum()) for x in lost)
+
+    seen = replace(view(consumers=readers), evidence={"pooled": tuple(means)})
+    found = CRITERIA["output-variance"].score(granular(seen, size))
+    assert found.tolist() == brute_force(variance, channels, size)
 
 
 def test_channel_that_never_changes_goes_first_however_large_it_is() -> None:

@@ -8,6 +8,8 @@ References:
         Brain Surgeon", NIPS 1992: eliminating one variable of a least-squares problem.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -77,6 +79,46 @@ class _Elimination:
         self._start()
 
 
+class _JointElimination:
+    """The same where so many channels in a row can only go together.
+
+    To remove channels b, with K = P_bb^-1 P_b:, is P -= P_:b K and W -= W_b K. There are fewer
+    steps, and each changes the matrices by as many products as it removes channels.
+
+    Args:
+        inverse: `(n, n)` float64, P with all channels.
+        products: `(n, n)` float64, M = W^T W.
+        size: How many go together.
+    """
+
+    def __init__(self, inverse: Tensor, products: Tensor, size: int) -> None:
+        self._inverse, self._products, self._size = inverse, products, size
+
+    @property
+    def energy(self) -> Tensor:
+        """`(n / size,)` what removing each of those that are left would add: tr P_bb^-1 M_bb."""
+        inverse, products = (
+            torch.stack(
+                [m[b : b + self._size, b : b + self._size] for b in range(0, len(m), self._size)]
+            )
+            for m in (self._inverse, self._products)
+        )
+        solved = torch.linalg.solve(inverse, products)
+        energy: Tensor = solved.diagonal(dim1=1, dim2=2).sum(dim=1)
+        return energy
+
+    def remove(self, j: int) -> None:
+        """Removes the j-th `size` of those that are left."""
+        gone = torch.zeros(len(self._inverse), dtype=torch.bool)
+        gone[j * self._size : (j + 1) * self._size] = True
+        inverse, products = self._inverse, self._products
+        mixing = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, ~gone])
+        crossed = products[~gone][:, gone] @ mixing
+        within = mixing.T @ products[gone][:, gone] @ mixing
+        self._inverse = inverse[~gone][:, ~gone] - inverse[~gone][:, gone] @ mixing
+        self._products = products[~gone][:, ~gone] - crossed - crossed.T + within
+
+
 def _least(energy: Tensor, gone: Tensor, rounding: float = 0.0) -> int:
     """Which of those that are left has the least energy; of equals the last.
 
@@ -94,14 +136,15 @@ def residual_energy(view: GroupView) -> Tensor:
     Removing input channel j of a least-squares-compensated consumer, with P = G_kk^-1 and W the
     compensated weights so far, adds ||W_j||^2 / P_jj to the energy of its output error; then
     W_k -= W_j P_jk / P_jj and P -= P_:j P_j: / P_jj [Hassibi1993]. The channel that adds least,
-    summed over the consumers whatever the coupling rule, goes first.
+    summed over the consumers whatever the coupling rule, goes first. Channels that can only go
+    together do so.
 
     Returns:
         `(n_channels,)` the step at which each channel was removed: 0 is the least important. NaN
         if weights or moments are not finite.
     """
-    n = view.group.channels
-    consumers = []
+    n, size = view.group.channels, view.group.granularity
+    pairs = []
     for consumer in view.consumers:
         assert consumer.gram is not None  # noqa: S101  channel_scores provides what is needed
         if not (torch.isfinite(consumer.gram).all() and torch.isfinite(consumer.weight).all()):
@@ -110,7 +153,14 @@ def residual_energy(view: GroupView) -> Tensor:
             consumer.derived["inverse"] = _loaded_inverse(consumer.gram)
         inverse, columns = consumer.derived["inverse"], consumer.columns
         weight = consumer.weight[:, columns].transpose(1, 2).reshape(-1, n)
-        consumers.append(_Elimination(inverse[columns][:, columns], weight.T @ weight))
+        pairs.append((inverse[columns][:, columns], weight.T @ weight))
+    if size > 1:
+        return _joint_order([_JointElimination(*pair, size) for pair in pairs], n // size, size)
+    return _order([_Elimination(*pair) for pair in pairs], n)
+
+
+def _order(consumers: Sequence[_Elimination], n: int) -> Tensor:
+    """`(n,)` steps at which channels were removed."""
     step = torch.zeros(n, dtype=torch.float64)
     left = torch.arange(n)
     for first in range(0, n, _BLOCK):
@@ -132,6 +182,21 @@ def residual_energy(view: GroupView) -> Tensor:
     return step
 
 
+def _joint_order(consumers: Sequence[_JointElimination], n: int, size: int) -> Tensor:
+    """`(n * size,)` steps at which so many channels each were removed."""
+    step = torch.zeros(n, dtype=torch.float64)
+    left = list(range(n))
+    for removed in range(n):
+        energy = torch.stack([consumer.energy for consumer in consumers]).sum(dim=0)
+        if not torch.isfinite(energy).all():
+            return torch.full((n * size,), torch.nan)
+        j = _least(energy, torch.zeros(len(left), dtype=torch.bool))
+        step[left.pop(j)] = removed
+        for consumer in consumers:
+            consumer.remove(j)
+    return step.repeat_interleave(size)
+
+
 def _loaded_inverse(gram: Tensor) -> Tensor:
     """Of second moments, whose diagonal is loaded to be one."""
     load = max(1e-4 * float(gram.diagonal().mean()), 1e-12)
@@ -146,13 +211,14 @@ def output_variance(view: GroupView) -> Tensor:
     behind it, recalibrated, makes up for the mean of that sum, not for its variance, which is the
     sum of A_ij over S x S with A = (W^T W) * C, C being the covariance of the channels over images
     and positions, and positions of a kernel taken as independent. The channel that adds least,
-    summed over the consumers whatever the coupling rule, goes first.
+    summed over the consumers whatever the coupling rule, goes first. Channels that can only go
+    together do so.
 
     Returns:
         `(n_channels,)` the step at which each channel was removed: 0 is the least important. NaN
         if weights or moments are not finite.
     """
-    n = view.group.channels
+    n, size = view.group.channels, view.group.granularity
     shared = torch.zeros(n, n, dtype=torch.float64)
     rounding = 0.0
     for consumer, pooled in zip(view.consumers, view.seen("pooled"), strict=True):
@@ -166,6 +232,8 @@ def output_variance(view: GroupView) -> Tensor:
         rounding += _ROUNDING * float((products * moments).diagonal().max())
     if not torch.isfinite(shared).all():
         return torch.full((n,), torch.nan)
+    n //= size
+    shared, rounding = shared.reshape(n, size, n, size).sum(dim=(1, 3)), rounding * size
     step, gone = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.bool)
     added = shared.diagonal().clone()
     for removed in range(n):
@@ -173,4 +241,4 @@ def output_variance(view: GroupView) -> Tensor:
         step[j] = removed
         gone[j] = True
         added += 2 * shared[:, j]
-    return step
+    return step.repeat_interleave(size)
