@@ -123,6 +123,7 @@ def check_same(recorded: RunFacts, now: Mapping[str, Any], run: Path) -> None:
         ("weights", "the network's weights", 0.0),
         ("images", "the images", 0.0),
         ("groups", "the network's groups", 0.0),
+        ("dense_macs", "how the network's MACs are counted", 0.0),
         # On another processor a tie may fall the other way, for an image or so.
         ("dense_error", "the dense network's error", max(_TOLERANCE, _one_image(recorded))),
         ("outputs", "what the dense network puts out", _TOLERANCE),

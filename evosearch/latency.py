@@ -3,7 +3,7 @@
 MACs say little about time: a ResNet-20 with a fifth of its MACs still takes half of the time, as
 what a layer costs besides its products does not shrink, and kernels work on widths in eights. So
 some networks of all widths are timed once, and a sum of terms is fitted to their times, none of
-them negative: for layers of a kind (positions, kernel, depthwise or not) their MACs, their MACs
+them negative: for layers of a kind (positions, kernel, grouped or not) their MACs, their MACs
 with widths rounded up to eights, and the maps they write and read. Hence no width ever costs less
 than a smaller one, and a policy's latency is known before anything is built, as its MACs are.
 """
@@ -47,7 +47,7 @@ class LayerShape(_Part):
     """What the time of a layer may hang on.
 
     Args:
-        in_axis, out_axis: Indices of dimensions; no input for depthwise convolutions.
+        in_axis, out_axis: Indices of dimensions; no input for grouped convolutions.
         macs: Multiply-accumulates per pair of channels.
         positions: Places of a map at which the kernel is applied.
     """
@@ -109,13 +109,17 @@ class LatencyModel(_Part):
     policies: Annotated[int, Field(ge=1)]
     """How many were timed."""
 
-    def told(self) -> str:
-        """What was timed, for people."""
-        narrow = float(self.shares(np.ones((1, len(self.channels)), dtype=np.int64))[0])
+    def told(self, least: IntArray) -> str:
+        """What was timed, for people.
+
+        Args:
+            least: `(n_groups,)` the fewest channels that each group can keep.
+        """
+        narrow = float(self.shares(least[None])[0])
         return (
             f"the dense network takes {1e3 * self.dense_seconds:.3g} ms, and {narrow:.0%} of that "
-            f"with one channel per group; {self.policies} networks were timed, and are foreseen "
-            f"within {self.error:.1%}"
+            f"with as few channels as can be; {self.policies} networks were timed, and are "
+            f"foreseen within {self.error:.1%}"
         )
 
     def shares(self, keep: IntArray) -> FloatArray:

@@ -86,7 +86,7 @@ def profile(recipe: Recipe) -> Profile:
         dense=table.dense_costs,
         lowest=lowest,
         highest=highest,
-        latency=None if latency is None else latency.told(),
+        latency=None if latency is None else latency.told(table.granularities),
         candidate=candidate,
         macs=int(table.costs_of([middle])[0][0]) / table.dense_costs[0],
         predicted_seconds=seconds,

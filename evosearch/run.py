@@ -210,9 +210,9 @@ def _announce(assembled: Assembled, observer: Observer) -> None:
     observer.phase(
         f"{data.calibration} calibration and {data.validation} validation images of {data.name}"
     )
-    latency = assembled.workload.plan.table.latency
-    if latency is not None:
-        observer.phase(f"latency: {latency.told()}")
+    table = assembled.workload.plan.table
+    if table.latency is not None:
+        observer.phase(f"latency: {table.latency.told(table.granularities)}")
     for doubt in assembled.doubts():
         observer.phase(doubt)
 

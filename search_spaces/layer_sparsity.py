@@ -18,7 +18,7 @@ from pydantic import (
 from evosearch.checks import check_unit_interval
 from evosearch.errors import BudgetUnreachable, ConfigError
 from evosearch.policy import Policy
-from evosearch.pruning.table import GroupTable
+from evosearch.pruning.table import Group, GroupTable
 from evosearch.recipe import Table, explain
 from evosearch.space import unique_rows
 
@@ -60,7 +60,10 @@ class LayerSparsityOptions(Table):
     sparsity: Annotated[tuple[Share, Share], Field(strict=False)] = (0.0, 0.9)
     """Smallest and largest share of a group's channels that may be removed."""
     round_to: Annotated[int, Field(ge=1)] = 1
-    """Kept channels are multiples of this (or all channels of the group)."""
+    """Kept channels are multiples of this (or all channels of the group).
+
+    Of grouped convolutions whole groups go, so that they are multiples of their channels, too.
+    """
     grouping: Literal["layer", "stage"] = "layer"
     """A gene per group, or one for all groups of a stage (same resolution)."""
     project_onto: ProjectOnto | None = None
@@ -88,7 +91,8 @@ class LayerSparsity:
     Gene x of a group with C channels means a sparsity s = low + x (high - low) of its channels
     (not of its weights), so C (1 - s) are kept, rounded to the nearest admissible width:
     multiples of `round_to` within the bounds, and C itself if the lower bound is 0; never none.
-    Where the group has a granularity, they are multiples of that, too.
+    Where the group has a granularity, they are multiples of that, too; of that alone where both
+    would leave less than two widths.
 
     With `project_onto`, all widths are scaled by a common factor until the budget is met, and
     what is left is spent step by step where rounding took most: no gene can then grow by one
@@ -121,14 +125,14 @@ class LayerSparsity:
         for gene, members in enumerate(self._members):
             self._gene_of[list(members)] = gene
         self._groups = np.arange(len(table.groups))
-        self._levels = [
-            self._admissible(group.channels, math.lcm(self.options.round_to, group.granularity))
-            for group in table.groups
-        ]
+        self._levels = [self._admissible(group) for group in table.groups]
         self._check_budget()
 
-    def _admissible(self, channels: int, step: int) -> IntArray:
-        """Ascending widths that a group of this size may have: multiples of a step."""
+    def _admissible(self, group: Group) -> IntArray:
+        """Ascending widths that a group may have."""
+        channels, round_to = group.channels, self.options.round_to
+        both = math.lcm(round_to, group.granularity)
+        step = both if 2 * both <= channels or both == round_to else group.granularity
         fewest, most = channels * (1 - self._high), channels * (1 - self._low)
         multiples = np.arange(step, channels + 1, step)
         inside = multiples[(multiples >= fewest - 1e-9) & (multiples <= most + 1e-9)]

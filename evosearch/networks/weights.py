@@ -123,7 +123,9 @@ def put_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     Files of tensors do not say of which version they are, and MNASNet, for one, insists on knowing.
     """
     stated = OrderedDict(state)
-    stated._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    metadata = getattr(module.state_dict(), "_metadata", None)  # a user's own may have none
+    if metadata is not None:
+        stated._metadata = metadata  # type: ignore[attr-defined]
     module.load_state_dict(stated)
 
 

@@ -70,15 +70,14 @@ def dependencies(module: nn.Module, example: Tensor) -> list[Proposal]:
     import torch_pruning as tp
 
     graph = tp.DependencyGraph()
+    names = {part: name for name, part in module.named_modules()}
     with warnings.catch_warnings(), torch.enable_grad(), _bounded(module), _hooks_kept(module):
         warnings.simplefilter("ignore")
         try:
             graph.build_dependency(module, (example,), verbose=False)
-            groups = list(graph.get_all_groups())
+            return [_candidate(graph, group, names) for group in graph.get_all_groups()]
         except Exception as exc:  # a user's network may do anything while it is traced
             raise NetworkError(f"Torch-Pruning cannot follow this network: {exc!r}") from exc
-    names = {part: name for name, part in module.named_modules()}
-    return [_candidate(graph, group, names) for group in groups]
 
 
 def _candidate(graph: object, group: object, names: dict[nn.Module, str]) -> Proposal:

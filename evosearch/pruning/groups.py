@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from evosearch.errors import NetworkError
@@ -151,7 +152,9 @@ def _disagreement(module: nn.Module, plan: CuttingPlan, example: Tensor) -> str 
     for offset, group in zip(table.offsets, table.groups, strict=True):
         parts = group.channels // group.granularity
         if parts > 1:
-            removed = rng.permutation(parts)[: max(1, parts // 2)]
+            # About half, and an odd number stays: what needs even ones would fail for some policy.
+            stay = parts // 2 if parts // 2 % 2 else parts // 2 + 1
+            removed = rng.permutation(parts)[: max(1, parts - stay)]
             keep[offset : offset + group.channels].reshape(parts, -1)[removed] = False
     masked, cut = copy.deepcopy(module), copy.deepcopy(module)
     layers = dict(masked.named_modules())
@@ -174,14 +177,37 @@ def _disagreement(module: nn.Module, plan: CuttingPlan, example: Tensor) -> str 
 
 
 def _in_double(module: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
-    """Network and input in float64, or as they are if the network insists on its precision."""
-    precise = copy.deepcopy(module).double()
+    """A network of scales that let everything be seen, and input, in float64.
+
+    In float32 if the network insists on its precision.
+    """
+    precise = _scaled(module).double()
     try:
         with torch.inference_mode():
             precise(example.double())
     except Exception:  # noqa: BLE001  a user's forward may raise anything
-        return module, example
+        return _scaled(module), example
     return precise, example.double()
+
+
+@torch.no_grad()
+def _scaled(module: nn.Module) -> nn.Module:
+    """A copy whose scales are about one, and no weight zero.
+
+    A branch that starts as nothing, by a norm's or another scale of zero or a millionth, as in
+    ConvNeXt, would hide whatever is wrong in it.
+    """
+    scaled = copy.deepcopy(module)
+    generator = torch.Generator().manual_seed(0)
+    for layer in scaled.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            plain = isinstance(layer, nn.Linear | Convolution)
+            if not parameter.is_floating_point() or (plain and (name == "bias" or parameter.any())):
+                continue
+            if plain or parameter.numel() == max(parameter.shape, default=1):
+                drawn = torch.rand(parameter.shape, generator=generator) + 0.5
+                parameter.copy_(drawn / (parameter[0].numel() if plain else 1))
+    return scaled
 
 
 def trace(network: Network) -> CuttingPlan:
@@ -232,8 +258,12 @@ def trace(network: Network) -> CuttingPlan:
 def _counted_macs(module: nn.Module, example: Tensor) -> int:
     """By torch's own counter, which sees products outside layers, too; 0 if it cannot."""
     try:
-        # With gradients: attention is then made of operations that are counted.
-        with FlopCounterMode(display=False) as counter, torch.enable_grad():
+        # With gradients, and by products one after another: attention in one is not counted.
+        with (
+            FlopCounterMode(display=False) as counter,
+            sdpa_kernel(SDPBackend.MATH),
+            torch.enable_grad(),
+        ):
             module(example)
     except Exception:  # noqa: BLE001  a user's forward may not bear being watched
         return 0

@@ -14,7 +14,7 @@ Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 @dataclass
 class Proposal:
-    """A proposal of the dependency graph: which indices of which layer follow which channel."""
+    """Channels that might have to go together: which indices of which layer follow which."""
 
     name: str
     channels: int

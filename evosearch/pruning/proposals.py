@@ -6,6 +6,7 @@ already rules out is objected to here. `groups` checks the rest.
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -48,17 +49,10 @@ def _join_over_grouped(proposals: list[Proposal], layers: dict[str, nn.Module]) 
             continue
         read = [p for p in proposals if name in p.ins]
         written = [p for p in proposals if name in p.outs]
-        straight = np.arange(layer.out_channels)
-        if not (
-            len(read) == len(written) == 1
-            and all(p.channels == len(straight) for p in (*read, *written))
-            and np.array_equal(read[0].ins[name], straight)
-            and np.array_equal(written[0].outs[name], straight)
-        ):
+        if why := _crooked(name, layer, read, written):
             for proposal in (*read, *written):
                 proposal.reason = proposal.reason or (
-                    f"{name}: grouped convolution ({layer.groups} groups) that reads and writes "
-                    "channels of other numbers"
+                    f"{name}: grouped convolution ({layer.groups} groups) that {why}"
                 )
             continue
         first, second = read[0], written[0]
@@ -76,6 +70,25 @@ def _join_over_grouped(proposals: list[Proposal], layers: dict[str, nn.Module]) 
         if first.granularity == first.channels:
             first.reason = first.reason or f"{name}: grouped convolution, of which no group can go"
     return proposals
+
+
+def _crooked(
+    name: str, layer: nn.Module, read: Sequence[Proposal], written: Sequence[Proposal]
+) -> str | None:
+    """Why what a grouped convolution reads cannot go with what it writes, or None if it can."""
+    writes, reads = dimensions(layer)
+    if reads != writes:
+        return f"reads {reads} channels and writes {writes}"
+    straight = np.arange(writes)
+    if (
+        len(read) != 1
+        or read[0].channels != reads
+        or not np.array_equal(read[0].ins[name], straight)
+    ):
+        return "reads no single layer's channels in their order"
+    if len(written) != 1 or not np.array_equal(written[0].outs[name], straight):
+        return "writes channels that are mixed with others"
+    return None
 
 
 def _objection(

@@ -200,7 +200,8 @@ class GroupTable:
         """Checks that a policy fits this network.
 
         Raises:
-            PolicyError: Another number of groups, or more channels than there are.
+            PolicyError: Another number of groups, more channels than there are, or a count that
+                would split what goes together.
         """
         if len(policy.keep) != len(self.groups):
             raise PolicyError(

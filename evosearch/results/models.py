@@ -150,7 +150,13 @@ def load_pruned(
         # Which channels is a matter of values, and those come from the file.
         keep[offset + count : offset + channels] = False
     narrowed = Cutter(plan, dense.module).cut(keep)
-    load_into(narrowed, state, str(file))
+    try:
+        load_into(narrowed, state, str(file))
+    except NetworkError as exc:
+        raise NetworkError(
+            f"{exc}; if {dense.spec.name} is not what the file was cut from, name that with "
+            "load_pruned(file, network=...)"
+        ) from exc
     return narrowed.eval()
 
 

@@ -236,7 +236,7 @@ def test_grouped_convolution_in_a_residual_stream_is_cut_with_it() -> None:
 def test_grouped_convolution_that_widens_is_fixed_with_the_reason() -> None:
     plan = traced_own(grouped(8, 16, 4))
     assert names(plan) == ["b.2"]
-    why = "b.0: grouped convolution (4 groups) that reads and writes channels of other numbers"
+    why = "b.0: grouped convolution (4 groups) that reads 8 channels and writes 16"
     assert reasons(plan)["a"] == reasons(plan)["b.0"] == why
 
 
@@ -324,6 +324,79 @@ def test_graph_that_follows_channels_too_far_gives_up_and_leaves_no_trace(
         dependencies(module, torch.zeros(2, 3, 6, 6))
     assert not any(layer._forward_hooks for layer in module.modules())
     assert names(trace(own(module, (3, 6, 6)))) == wanted
+
+
+def test_grouped_convolution_of_the_image_stays() -> None:
+    b = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1))
+    plan = traced_own(Chain(a=nn.Conv2d(3, 6, 3, groups=3), b=b))
+    assert names(plan) == ["b.0", "b.1"]
+    assert "reads 3 channels and writes 6" in reasons(plan)["a"]
+
+
+def test_grouped_convolution_that_reads_two_layers_fixes_them() -> None:
+    class Joining(Chain):
+        def forward(self, x: Tensor) -> Any:
+            y = self.b(torch.cat([self.a(x), self.c(x)], 1))
+            return self.fc(self.last(y).mean((2, 3)))
+
+    layers = {"a": nn.Conv2d(3, 4, 1), "c": nn.Conv2d(3, 4, 1), "last": nn.Conv2d(8, 6, 1)}
+    plan = traced_own(Joining(b=nn.Conv2d(8, 8, 1, groups=2), **layers))
+    assert names(plan) == ["last"]
+    assert {"a", "c", "b"} <= reasons(plan).keys()
+    assert "reads no single layer's channels in their order" in reasons(plan)["a"]
+
+
+class Faint(nn.Module):
+    """A stream and a branch with a shuffle in its midst, scaled by next to nothing."""
+
+    def __init__(self, scale: float, *, norm: bool) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 8, 1), nn.Linear(8, 10)
+        self.a, self.b = nn.Conv2d(8, 12, 1), nn.Conv2d(12, 8, 1)
+        self.norm = nn.BatchNorm2d(8) if norm else nn.Identity()
+        self.scale = nn.Parameter(torch.full((8, 1, 1), 1.0 if norm else scale))
+        if norm:
+            nn.init.constant_(self.norm.weight, scale)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        y = self.norm(self.b(shuffled(F.gelu(self.a(x)))))
+        return self.fc((x + self.scale * y).mean((2, 3)))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 0.0])
+def test_branch_that_starts_as_nothing_hides_nothing(scale: float, norm: bool) -> None:
+    with pytest.raises(NetworkError, match="nothing in own can be pruned"):
+        traced_own(Faint(scale, norm=norm))
+
+
+def test_weights_that_are_all_zero_hide_nothing() -> None:
+    network = Faint(1.0, norm=False)
+    nn.init.zeros_(network.b.weight)
+    with pytest.raises(NetworkError, match="nothing in own can be pruned"):
+        traced_own(network)
+
+
+def test_network_that_needs_an_even_width_keeps_it() -> None:
+    def halves(y: Tensor) -> Tensor:
+        first, second = y.chunk(2, dim=1)
+        return torch.cat([first, second], 1) if first.shape == second.shape else y[:, :0]
+
+    assert "a" in reasons(traced_own(Chain(halves)))
+
+
+def test_forward_without_gradients_is_told_where_the_graph_gives_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Blind(Chain):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x)
+
+    monkeypatch.setattr("evosearch.pruning.proposals.dependencies", gives_up)
+    with pytest.raises(NetworkError, match="wants it; and its forward keeps no gradients"):
+        trace(own(Blind()))
 
 
 def test_group_norm_fixes_its_channels() -> None:
@@ -498,7 +571,7 @@ def test_network_that_raises_is_named_with_its_error() -> None:
         (nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), "1: it is the network's output"),
         (
             Chain(a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 8, 3, groups=2), fc=nn.Linear(8, 10)),
-            r"a, b: b: grouped convolution \(2 groups\) that reads and writes channels of other",
+            r"a, b: b: grouped convolution \(2 groups\) that reads 4 channels and writes 8",
         ),
     ],
 )
