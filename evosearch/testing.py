@@ -34,13 +34,18 @@ FloatArray = NDArray[np.float64]
 Answer = Callable[[FloatArray], tuple[FloatArray, FloatArray]]
 
 
-def chain_table(widths: Sequence[int] = (16, 24, 32), classes: int = 10) -> GroupTable:
+def chain_table(
+    widths: Sequence[int] = (16, 24, 32),
+    classes: int = 10,
+    granularities: Sequence[int] | None = None,
+) -> GroupTable:
     """Groups and costs of 3x3 convolutions in a row, each with a bias; the last gives classes.
 
     Args:
         widths: Channels of each group. The resolution starts at 32 and halves after every second
             convolution, so that two groups form a stage.
         classes: Outputs of the last convolution, which nothing cuts.
+        granularities: How many channels of each group go together; 1 if left out.
     """
     ends = np.cumsum(widths)
     axes = [np.full(3, -1), *np.split(np.arange(ends[-1]), ends[:-1]), np.full(classes, -1)]
@@ -52,8 +57,11 @@ def chain_table(widths: Sequence[int] = (16, 24, 32), classes: int = 10) -> Grou
             resolution=(sizes[i], sizes[i]),
             producers=(f"conv{i}",),
             consumers=(f"conv{i + 1}",),
+            granularity=granularity,
         )
-        for i, width in enumerate(widths)
+        for i, (width, granularity) in enumerate(
+            zip(widths, granularities or [1] * len(widths), strict=True)
+        )
     )
     layers = tuple(
         LayerCost(

@@ -85,6 +85,7 @@ def test_a_fact_of_the_wrong_kind_is_named(tmp_path: Path, fact: str, value: obj
         ({"weights": "ee"}, "the network's weights"),
         ({"images": {"calibration": "aa", "validation": "ee"}}, "the images"),
         ({"groups": [["conv1", 16]]}, "the network's groups"),
+        ({"dense_macs": 1001}, "how the network's MACs are counted"),
         ({"dense_error": 0.11}, "the dense network's error"),
         ({"outputs": [[5.0, -3.0], [0.5, 0.001]]}, "what the dense network puts out"),
         ({"outputs": [[5.0], [0.5]]}, "what the dense network puts out"),

@@ -181,3 +181,10 @@ def test_a_network_that_cannot_be_narrowed_is_not_timed() -> None:
         ConfigError, match=r"latency: with half of all channels .* leave latency out"
     ):
         time_passes(traced, plan, LatencyRecipe())
+
+
+def test_the_least_that_is_told_is_what_can_be_kept() -> None:
+    table = timed(chain_table([16, 24], granularities=[8, 1]))
+    model = model_of(table)
+    share = float(model.shares(np.array([[8, 1]]))[0])
+    assert f", and {share:.0%} of that with as few channels" in model.told(table.granularities)

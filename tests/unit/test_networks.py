@@ -1,5 +1,6 @@
 """The catalogue, finding a network by name, and reading its weights."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -540,3 +541,20 @@ def test_weights_of_another_number_of_classes_are_refused(tmp_path: Path) -> Non
     path = saved_state(tmp_path / "w.pt", lenet(num_classes=7).module.state_dict())
     with pytest.raises(NetworkError, match=r"ip3.weight is \(7, 100\), wanted \(10, 100\)"):
         lenet(weights=path)
+
+
+def test_network_whose_state_says_no_versions_is_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "plain_net.py"
+    file.write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def state_dict(self, *args, **kwargs):\n"
+        "        return dict(super().state_dict(*args, **kwargs))\n"
+        "def make():\n"
+        "    return Net(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 16, 10))\n"
+    )
+    spec = NetworkSpec(name=f"{file}:make", input_shape=(3, 4, 4))
+    first = load_network(spec).module.state_dict()
+    weights = saved_state(tmp_path / "w.pt", first)
+    second = load_network(dataclasses.replace(spec, weights=weights)).module.state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from evosearch.data import Images
+from evosearch.errors import NetworkError
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.policy import Policy
 from evosearch.pruning.blending import places_of
@@ -152,3 +153,17 @@ def test_network_of_a_version_that_left_grouped_convolutions_alone_loads(
     example = network.example(4)
     with torch.inference_mode():
         assert torch.equal(load_pruned(file)(example), cut.eval()(example))
+
+
+def test_file_of_another_network_says_what_to_name(
+    traced: Traced, images: tuple[Images, Images], tmp_path: Path
+) -> None:
+    network, plan = traced
+    settings = ProxySettings(name="raw", criterion="l1", batch_size=16)
+    cut = Scorer(prepare_workload(network, plan, settings, *images)).network_of(NARROW)
+    (group, *_) = plan.table.groups
+    # As if an earlier version had cut the stream alone: the rest has other widths than that says.
+    groups, counts = [(group.name, group.channels)], Policy((8,))
+    save_pruned(tmp_path / "c.safetensors", cut, network.spec, network.input, groups, counts, {})
+    with pytest.raises(NetworkError, match=r"do not fit .*name that with load_pruned\(file, netw"):
+        load_pruned(tmp_path / "c.safetensors")
