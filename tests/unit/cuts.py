@@ -3,14 +3,16 @@
 import copy
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from evosearch.networks import BUILT_IN, Network, NetworkSpec, load_network
+from evosearch.networks import BUILT_IN, InputSpec, Network, NetworkSpec, load_network
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.groups import trace
 from evosearch.pruning.table import GroupTable
@@ -112,3 +114,46 @@ def reasons(plan: CuttingPlan) -> dict[str, str]:
 
 def names(plan: CuttingPlan) -> list[str]:
     return [group.name for group in plan.table.groups]
+
+
+class Chain(nn.Module):
+    """Convolution a, something between, convolution b, mean, classifier."""
+
+    def __init__(
+        self,
+        between: Callable[[Tensor], Tensor] | None = None,
+        after: Callable[[Tensor], Tensor] | None = None,
+        **parts: Any,
+    ) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 10)
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.between, self.after = between, after
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.a(x)
+        y = self.b(F.relu(self.between(y) if self.between else y))
+        logits = self.fc(F.relu(y).mean((2, 3)))
+        return self.after(logits) if self.after else logits
+
+
+def own(module: nn.Module, shape: tuple[int, int, int] = (3, 8, 8)) -> Network:
+    return Network(
+        spec=NetworkSpec(name="own"),
+        module=module.eval(),
+        input=InputSpec(shape=shape, mean=(0.0,) * shape[0], std=(1.0,) * shape[0]),
+    )
+
+
+def traced_own(module: nn.Module) -> CuttingPlan:
+    torch.manual_seed(0)
+    return trace(own(module))
+
+
+def shuffled(x: Tensor) -> Tensor:
+    """Channels of two halves in turns, by a reshape that the dependency graph cannot follow."""
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)

@@ -9,27 +9,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evosearch.errors import NetworkError, PolicyError
-from evosearch.networks import InputSpec, Network, NetworkSpec, load_network
-from evosearch.policy import Policy
-from evosearch.pruning.cutting import Cutter, CuttingPlan
-from evosearch.pruning.dependencies import dependencies
+from evosearch.errors import NetworkError
+from evosearch.networks import load_network
+from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.groups import trace
-from evosearch.pruning.layers import Proposal, is_depthwise
+from evosearch.pruning.layers import is_depthwise
 from tests.unit.cuts import (
     FIXED_STREAM,
     SPECS,
+    Chain,
     Traced,
     choose,
     counted_macs,
     equal,
     ignoring,
     names,
+    own,
     reasons,
+    shuffled,
     tensors,
     traced_once,
+    traced_own,
 )
-from tests.unit.small_networks import Flat
 
 
 @pytest.fixture
@@ -121,30 +122,6 @@ def test_depthwise_means_one_input_channel_for_one_output_channel(
 # --- small networks of all kinds
 
 
-class Chain(nn.Module):
-    """Convolution a, something between, convolution b, mean, classifier."""
-
-    def __init__(
-        self,
-        between: Callable[[Tensor], Tensor] | None = None,
-        after: Callable[[Tensor], Tensor] | None = None,
-        **parts: Any,
-    ) -> None:
-        super().__init__()
-        self.a = nn.Conv2d(3, 8, 3, padding=1)
-        self.b = nn.Conv2d(8, 6, 3, padding=1)
-        self.fc = nn.Linear(6, 10)
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.between, self.after = between, after
-
-    def forward(self, x: Tensor) -> Any:
-        y = self.a(x)
-        y = self.b(F.relu(self.between(y) if self.between else y))
-        logits = self.fc(F.relu(y).mean((2, 3)))
-        return self.after(logits) if self.after else logits
-
-
 class Scaled(Chain):
     def __init__(self, scale: Tensor) -> None:
         super().__init__()
@@ -154,196 +131,10 @@ class Scaled(Chain):
         return self.fc(self.b(self.a(x) * self.scale).mean((2, 3)))
 
 
-def own(module: nn.Module, shape: tuple[int, int, int] = (3, 8, 8)) -> Network:
-    return Network(
-        spec=NetworkSpec(name="own"),
-        module=module.eval(),
-        input=InputSpec(shape=shape, mean=(0.0,) * shape[0], std=(1.0,) * shape[0]),
-    )
-
-
-def traced_own(module: nn.Module) -> CuttingPlan:
-    torch.manual_seed(0)
-    return trace(own(module))
-
-
 def test_plain_chain_is_all_prunable() -> None:
     plan = traced_own(Chain())
     assert names(plan) == ["a", "b"]
     assert reasons(plan) == {"fc": "it is the network's output"}
-
-
-def grouped(reads: int, writes: int, groups: int) -> Chain:
-    """Convolution a of so many channels, a grouped one, and a plain one."""
-    layers = nn.Conv2d(reads, writes, 3, groups=groups), nn.ReLU(), nn.Conv2d(writes, 6, 3)
-    return Chain(a=nn.Conv2d(3, reads, 3), b=nn.Sequential(*layers), fc=nn.Linear(6, 10))
-
-
-def test_groups_of_a_grouped_convolution_go_as_a_whole() -> None:
-    plan = traced_own(grouped(12, 12, 4))
-    assert names(plan) == ["a", "b.2"]
-    first = plan.table.groups[0]
-    assert (first.granularity, first.producers, first.consumers) == (3, ("a", "b.0"), ("b.2",))
-    assert plan.table.whole(np.array([[1, 1], [4, 5], [12, 6]])).tolist() == [
-        [3, 1],
-        [6, 5],
-        [12, 6],
-    ]
-
-
-def test_grouped_convolution_is_cut_to_its_kept_groups() -> None:
-    network = own(grouped(12, 12, 4))
-    plan = trace(network)
-    keep = np.ones(19, dtype=np.bool_)
-    keep[3:9] = False
-    layer = dict(Cutter(plan, network.module).cut(keep).named_modules())["b.0"]
-    dense = dict(network.module.named_modules())["b.0"]
-    assert (layer.groups, layer.in_channels, layer.out_channels) == (2, 6, 6)
-    assert torch.equal(layer.weight, dense.weight[[0, 1, 2, 9, 10, 11]])
-
-
-def test_policy_that_would_split_a_group_of_a_convolution_is_refused() -> None:
-    table = traced_own(grouped(12, 12, 4)).table
-    table.check(Policy((6, 5)))
-    with pytest.raises(PolicyError, match="group a keeps multiples of 3 channels, not 4"):
-        table.check(Policy((4, 5)))
-
-
-def test_two_grouped_convolutions_in_a_row_go_by_what_both_allow() -> None:
-    first, second = nn.Conv2d(12, 12, 3, groups=6), nn.Conv2d(12, 12, 1, groups=4)
-    plan = traced_own(
-        Chain(a=nn.Conv2d(3, 12, 3), b=nn.Sequential(first, second), fc=nn.Linear(12, 10))
-    )
-    assert [(group.name, group.granularity) for group in plan.table.groups] == [("a", 6)]
-    assert plan.table.groups[0].producers == ("a", "b.0", "b.1")
-
-
-def test_grouped_convolution_in_a_residual_stream_is_cut_with_it() -> None:
-    class Stream(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
-            self.b = nn.Conv2d(8, 8, 3, padding=1, groups=4)
-
-        def forward(self, x: Tensor) -> Any:
-            x = self.a(x)
-            return self.fc((x + self.b(x)).mean((2, 3)))
-
-    (group,) = traced_own(Stream()).table.groups
-    assert (group.granularity, group.producers, group.consumers) == (2, ("a", "b"), ("fc",))
-
-
-def test_grouped_convolution_that_widens_is_fixed_with_the_reason() -> None:
-    plan = traced_own(grouped(8, 16, 4))
-    assert names(plan) == ["b.2"]
-    why = "b.0: grouped convolution (4 groups) that reads 8 channels and writes 16"
-    assert reasons(plan)["a"] == reasons(plan)["b.0"] == why
-
-
-def test_grouped_convolutions_of_which_only_all_could_go_are_fixed() -> None:
-    pair = nn.Conv2d(6, 6, 3, groups=3), nn.Conv2d(6, 6, 1, groups=2)
-    b = nn.Sequential(*pair, nn.Conv2d(6, 6, 1))
-    plan = traced_own(Chain(a=nn.Conv2d(3, 6, 3), b=b))
-    assert names(plan) == ["b.2"]
-    assert reasons(plan)["a"] == "b.1: grouped convolution, of which no group can go"
-
-
-def shuffled(x: Tensor) -> Tensor:
-    """Channels of two halves in turns, by a reshape that the dependency graph cannot follow."""
-    n, c, h, w = x.shape
-    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
-
-
-class Shuffled(nn.Module):
-    """Half of a stream goes through a, a depthwise convolution and b; then halves are shuffled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.a, self.norm = nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)
-        self.deep = nn.Conv2d(6, 6, 3, padding=1, groups=6)
-        self.b, self.fc = nn.Conv2d(6, 4, 1), nn.Linear(8, 10)
-
-    def forward(self, x: Tensor) -> Any:
-        first, second = self.stem(x).chunk(2, dim=1)
-        second = self.b(self.deep(F.relu(self.norm(self.a(second)))))
-        return self.fc(shuffled(torch.cat([first, second], 1)).mean((2, 3)))
-
-
-def gives_up(_module: nn.Module, _example: Tensor) -> list[Proposal]:
-    raise NetworkError("Torch-Pruning cannot follow this network: as a test wants it")
-
-
-def test_chains_are_found_where_the_dependency_graph_gives_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("evosearch.pruning.proposals.dependencies", gives_up)
-    plan = traced_own(Shuffled())
-    assert [(g.name, g.producers, g.consumers) for g in plan.table.groups] == [
-        ("a", ("a", "deep"), ("b",))
-    ]
-    why = "and Torch-Pruning cannot follow this network: as a test wants it"
-    assert reasons(plan) == {
-        "stem": f"a reads 4 channels where it has 8, {why}",
-        "b": f"fc reads it along with stem, {why}",
-        "fc": "it is the network's output",
-    }
-
-
-@pytest.mark.parametrize("name", ["resnet18", "vgg16-cifar", "lenet-5"])
-def test_chains_are_groups_that_the_dependency_graph_finds_too(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    found = {group.name: group for group in traced_once(name)[1].table.groups}
-    monkeypatch.setattr("evosearch.pruning.proposals.dependencies", gives_up)
-    chained = trace(load_network(SPECS[name])).table.groups
-    assert chained
-    assert all(found[group.name] == group for group in chained)
-    # All but the residual streams, of which there is one per stage.
-    assert len(found) - len(chained) == (4 if name == "resnet18" else 0)
-
-
-def test_layer_that_runs_twice_is_no_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Twice(Chain):
-        def forward(self, x: Tensor) -> Any:
-            y = self.b(self.b(self.a(x)))
-            return self.fc(y.mean((2, 3)))
-
-    monkeypatch.setattr("evosearch.pruning.proposals.dependencies", gives_up)
-    with pytest.raises(NetworkError, match="a: b reads it along with b, and Torch-Pruning cannot"):
-        trace(own(Twice(b=nn.Conv2d(8, 8, 3), fc=nn.Linear(8, 10))))
-
-
-def test_graph_that_follows_channels_too_far_gives_up_and_leaves_no_trace(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    module = Flat()
-    wanted = names(trace(own(module, (3, 6, 6))))
-    monkeypatch.setattr("evosearch.pruning.dependencies._MOST_TIMES", 0)
-    with pytest.raises(NetworkError, match=r"this network: OverflowError\('a channel"):
-        dependencies(module, torch.zeros(2, 3, 6, 6))
-    assert not any(layer._forward_hooks for layer in module.modules())
-    assert names(trace(own(module, (3, 6, 6)))) == wanted
-
-
-def test_grouped_convolution_of_the_image_stays() -> None:
-    b = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1))
-    plan = traced_own(Chain(a=nn.Conv2d(3, 6, 3, groups=3), b=b))
-    assert names(plan) == ["b.0", "b.1"]
-    assert "reads 3 channels and writes 6" in reasons(plan)["a"]
-
-
-def test_grouped_convolution_that_reads_two_layers_fixes_them() -> None:
-    class Joining(Chain):
-        def forward(self, x: Tensor) -> Any:
-            y = self.b(torch.cat([self.a(x), self.c(x)], 1))
-            return self.fc(self.last(y).mean((2, 3)))
-
-    layers = {"a": nn.Conv2d(3, 4, 1), "c": nn.Conv2d(3, 4, 1), "last": nn.Conv2d(8, 6, 1)}
-    plan = traced_own(Joining(b=nn.Conv2d(8, 8, 1, groups=2), **layers))
-    assert names(plan) == ["last"]
-    assert {"a", "c", "b"} <= reasons(plan).keys()
-    assert "reads no single layer's channels in their order" in reasons(plan)["a"]
 
 
 class Faint(nn.Module):
@@ -384,19 +175,6 @@ def test_network_that_needs_an_even_width_keeps_it() -> None:
         return torch.cat([first, second], 1) if first.shape == second.shape else y[:, :0]
 
     assert "a" in reasons(traced_own(Chain(halves)))
-
-
-def test_forward_without_gradients_is_told_where_the_graph_gives_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Blind(Chain):
-        @torch.no_grad()
-        def forward(self, x: Tensor) -> Any:
-            return super().forward(x)
-
-    monkeypatch.setattr("evosearch.pruning.proposals.dependencies", gives_up)
-    with pytest.raises(NetworkError, match="wants it; and its forward keeps no gradients"):
-        trace(own(Blind()))
 
 
 def test_group_norm_fixes_its_channels() -> None:
