@@ -176,12 +176,18 @@ def status(
 
 @app.command()
 def export(
-    run: RunPath,
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="Directory of a run, or a .safetensors to write as .onnx or .pt2"
+        ),
+    ],
     file: Annotated[
         Path,
         typer.Argument(
             metavar="FILE",
-            help="Ends with .csv .json .parquet .png .safetensors; a folder gets all networks",
+            help="Ends with .csv .json .parquet .png, or .safetensors .onnx .pt2 for a network; a "
+            "folder gets all networks",
         ),
     ],
     everything: Annotated[
@@ -190,9 +196,7 @@ def export(
     generation: Annotated[
         int | None, typer.Option(min=0, help="The population after this generation")
     ] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="First digits of the network to write as .safetensors")
-    ] = None,
+    policy: Annotated[str | None, typer.Option(help="First digits of the network to write")] = None,
     calibration: Annotated[
         int | None,
         typer.Option(min=1, help="Training images to prepare networks with [as in the search]"),

@@ -1,6 +1,6 @@
 """The work behind `evosearch export`: which table, picture or network goes into which file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from evosearch.errors import ConfigError
@@ -18,7 +18,14 @@ from evosearch.results.preparation import AS_SEARCHED, Preparation
 
 __all__ = ["SUFFIXES", "export_file"]
 
-SUFFIXES = (".csv", ".json", ".parquet", ".png", ".safetensors")
+# Networks to run without evosearch; as in evosearch.networks.portable, which needs torch.
+_PORTABLE = (".onnx", ".pt2")
+_NETWORKS = (".safetensors", *_PORTABLE)
+SUFFIXES = (".csv", ".json", ".parquet", ".png", *_NETWORKS)
+
+
+def _either(suffixes: Sequence[str]) -> str:
+    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
 
 
 def _records(results: Results, ledger: Ledger, everything: bool, generation: int | None) -> Records:
@@ -42,7 +49,8 @@ def export_file(
     """Writes one file from a run, or the networks of its front, also while it is being searched.
 
     Args:
-        run: Directory of the run.
+        run: Directory of the run; or a network that was exported or fine-tuned, to be written so
+            that it runs without evosearch.
         file: Its suffix decides what is written; a folder, or a name without a suffix, gets all
             networks of the front.
         everything: Every measurement instead of the front.
@@ -59,26 +67,23 @@ def export_file(
         LedgerError: There is no usable run.
     """
     folder = file.is_dir() or not file.suffix
-    networks = folder or file.suffix == ".safetensors"
+    networks = folder or file.suffix in _NETWORKS
     if not folder and file.suffix not in SUFFIXES:
         raise ConfigError(
             f"{file} must end with one of {', '.join(SUFFIXES)}, or be a folder for the front's "
             "networks: one that is there, or a name without a dot"
         )
     if policy is not None and (folder or not networks):
-        raise ConfigError("--policy writes a network: FILE must end with .safetensors")
+        raise ConfigError(f"--policy writes a network: FILE must end with {_either(_NETWORKS)}")
     if preparation and not networks:
         raise ConfigError(
-            f"{preparation} prepares networks: FILE must end with .safetensors or be a folder"
+            f"{preparation} prepares networks: FILE must end with {_either(_NETWORKS)}, or be a "
+            "folder"
         )
     if (networks or file.suffix == ".png") and (everything or generation is not None):
         raise ConfigError(f"--all and --generation write tables, {file} is none")
     if networks:
-        from evosearch.results.networks import export_front, export_network
-
-        if folder:
-            return export_front(run, file, preparation, told)
-        return export_network(run, file, policy, preparation)
+        return _export_networks(run, file, policy, preparation, told)
     with Ledger.open(run) as ledger:
         results = read_results(ledger)
         if file.suffix == ".png":
@@ -89,3 +94,23 @@ def export_file(
         records = _records(results, ledger, everything, generation)
     export(records, file)
     return f"{file}: {len(records.rows)} policies"
+
+
+def _export_networks(
+    run: Path,
+    file: Path,
+    policy: str | None,
+    preparation: Preparation,
+    told: Callable[[str], None],
+) -> str:
+    from evosearch.results.networks import convert_network, export_front, export_network
+
+    if run.suffix == ".safetensors" and not run.is_dir():
+        if policy is not None or preparation:
+            raise ConfigError(f"{run} is one network, which is written as it is")
+        if file.suffix not in _PORTABLE:
+            raise ConfigError(f"{run} is a network: FILE must end with {_either(_PORTABLE)}")
+        return convert_network(run, file)
+    if file.is_dir() or file.suffix not in _NETWORKS:
+        return export_front(run, file, preparation, told)
+    return export_network(run, file, policy, preparation)

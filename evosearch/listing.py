@@ -59,6 +59,15 @@ def _networks() -> dict[str, str]:
     }
 
 
+def _stopwatches() -> dict[str, str]:
+    from evosearch.scoring.stopwatches import STOPWATCHES
+
+    return {
+        **{name: title for name, (title, _) in STOPWATCHES.items()},
+        "module:function": "your own; also path/to/file.py:function",
+    }
+
+
 def _datasets() -> dict[str, str]:
     from evosearch.data import DATASETS
 
@@ -83,5 +92,6 @@ LISTS: dict[str, Callable[[], dict[str, str]]] = {
     "variants": _variants,
     "networks": _networks,
     "datasets": _datasets,
+    "stopwatches": _stopwatches,
     "settings": _settings,
 }

@@ -181,8 +181,8 @@ class LatencyRecipe(Table):
     threads: Count = 1
     """CPU threads of a forward pass."""
     measure: str | None = None
-    """Your own stopwatch, `module:function` or `path/to/file.py:function`: from a network and
-    images to seconds. If left out, float32 as PyTorch runs it here, on the CPU."""
+    """`pytorch`, float32 on this CPU, if left out; `onnxruntime`, likewise; or your own stopwatch,
+    `module:function` or `path/to/file.py:function`: from a network and images to seconds."""
 
 
 class RunRecipe(Table):

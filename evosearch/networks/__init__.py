@@ -9,6 +9,7 @@ from evosearch.networks.loading import (
     is_own,
     load_network,
 )
+from evosearch.networks.portable import PORTABLE, write_portable
 from evosearch.networks.weights import (
     load_into,
     put_state,
@@ -19,6 +20,7 @@ from evosearch.networks.weights import (
 
 __all__ = [
     "BUILT_IN",
+    "PORTABLE",
     "InputSpec",
     "Network",
     "NetworkSpec",
@@ -31,4 +33,5 @@ __all__ = [
     "read_weights",
     "save_weights",
     "weights_path",
+    "write_portable",
 ]

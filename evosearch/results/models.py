@@ -7,6 +7,7 @@ fills it; nothing is unpickled.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 
 from evosearch.errors import NetworkError, PolicyError
 from evosearch.networks import (
+    PORTABLE,
     InputSpec,
     Network,
     NetworkSpec,
@@ -26,13 +28,14 @@ from evosearch.networks import (
     load_into,
     read_weights,
     save_weights,
+    write_portable,
 )
 from evosearch.policy import Policy
 from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.groups import trace
 from evosearch.recipe import explain
 
-__all__ = ["load_pruned", "save_pruned"]
+__all__ = ["load_pruned", "read_pruned", "save_pruned"]
 
 
 class _Pruned(BaseModel):
@@ -63,28 +66,27 @@ class _Pruned(BaseModel):
 
 def save_pruned(
     file: Path,
-    module: nn.Module,
-    spec: NetworkSpec,
-    shown: InputSpec,
+    network: Network,
     groups: Sequence[tuple[str, int]],
     policy: Policy,
     more: Mapping[str, Any],
 ) -> None:
-    """Writes a cut network as `load_pruned` reads it.
+    """Writes a cut network: as `load_pruned` reads it, or to run without evosearch.
 
     Args:
-        file: Ends with `.safetensors`; its folder is made if need be.
-        module: The narrowed network.
-        spec: How the dense architecture is made.
-        shown: What the network takes.
+        file: Its suffix says which: `.safetensors`, or one of `PORTABLE`. Its folder is made if
+            need be.
+        network: Narrowed.
         groups: Name and channels of each group of the dense network.
         policy: Channels kept.
         more: Facts for people, which loading does not need.
 
     Raises:
-        ConfigError: The file cannot have that name.
+        ConfigError: The file cannot have that name, or what writes it is not installed.
+        NetworkError: The network cannot be written like that.
         BackendError: The file cannot be written.
     """
+    spec, shown = network.spec, network.input
     facts = {
         "evosearch": "pruned network",
         "network": spec.name,
@@ -98,8 +100,12 @@ def save_pruned(
         "groups": groups,
         "keep": policy.keep,
         "policy": policy.digest,
+        **more,
     }
-    save_weights(file, module, {**facts, **more})
+    if file.suffix in PORTABLE:
+        write_portable(network, file, facts)
+    else:
+        save_weights(file, network.module, facts)
 
 
 def load_pruned(
@@ -118,13 +124,21 @@ def load_pruned(
     Raises:
         NetworkError: The file is no such network, or its architecture cannot be made here.
     """
+    return read_pruned(file, network)[0].module
+
+
+def read_pruned(
+    file: str | Path, network: str | Callable[..., nn.Module] | None = None
+) -> tuple[Network, dict[str, Any]]:
+    """As `load_pruned`, with what the network takes, and all facts that the file has."""
     if Path(file).suffix != ".safetensors":
         raise NetworkError(
             f"{file} is not a pruned network: wanted the .safetensors that `evosearch export` wrote"
         )
     state, metadata = read_weights(Path(file))
     try:
-        pruned = _Pruned.model_validate({key: json.loads(value) for key, value in metadata.items()})
+        facts = {key: json.loads(value) for key, value in metadata.items()}
+        pruned = _Pruned.model_validate(facts)
     except ValueError as exc:
         told = explain(exc, _Pruned) if isinstance(exc, ValidationError) else str(exc)
         raise NetworkError(f"{file} is not a pruned network of evosearch ({told})") from exc
@@ -157,7 +171,7 @@ def load_pruned(
             f"{exc}; if {dense.spec.name} is not what the file was cut from, name that with "
             "load_pruned(file, network=...)"
         ) from exc
-    return narrowed.eval()
+    return replace(dense, module=narrowed.eval()), facts
 
 
 def _dense(

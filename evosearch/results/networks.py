@@ -11,16 +11,23 @@ from evosearch.facts import check_same, read_facts
 from evosearch.files import make_parent
 from evosearch.ledger import Ledger
 from evosearch.measurement import METRICS, Status
-from evosearch.networks import Network
+from evosearch.networks import Network, write_portable
 from evosearch.recipe import RunRecipe, change_recipe
 from evosearch.results.export import Records, export, front_records
 from evosearch.results.front import Results, Row, read_results
-from evosearch.results.models import save_pruned
+from evosearch.results.models import read_pruned, save_pruned
 from evosearch.results.preparation import AS_SEARCHED, Preparation
 from evosearch.scoring.scorer import Scorer, out_of_memory
 from evosearch.scoring.workload import Workload
 
-__all__ = ["INDEX", "NetworkWriter", "chosen_row", "export_front", "export_network"]
+__all__ = [
+    "INDEX",
+    "NetworkWriter",
+    "chosen_row",
+    "convert_network",
+    "export_front",
+    "export_network",
+]
 
 # What decides which channels go first.
 _ORDERING = ("criterion", "coupling", "labels")
@@ -172,13 +179,7 @@ class NetworkWriter:
         """Writes a network of that policy, with facts for people beside what loading needs."""
         costs: dict[str, Any] = {"macs": row.macs, "params": row.params}
         save_pruned(
-            file,
-            network.module,
-            network.spec,
-            network.input,
-            self._groups,
-            row.policy,
-            {**costs, "prepared": self.prepared, **facts},
+            file, network, self._groups, row.policy, {**costs, "prepared": self.prepared, **facts}
         )
 
     def write(self, row: Row, file: Path) -> Mapping[str, float]:
@@ -195,7 +196,7 @@ def export_network(
 
     Args:
         run: Directory of the run.
-        file: Ends with `.safetensors`.
+        file: Ends with `.safetensors`, or one of `PORTABLE`.
         digits: The first digits of the policy's digest; None for a front of one.
         preparation: If not that of the search.
 
@@ -214,6 +215,26 @@ def export_network(
     searched = 1 - row.values["error"]
     note = f" ({searched:.2%} as it was measured in the search)" if preparation else ""
     return f"{file}: {writer.described(row)}, validation top-1 {found:.2%}{note}"
+
+
+def convert_network(source: Path, file: Path) -> str:
+    """Writes a network that `evosearch export` or `finetune` wrote, to run without evosearch.
+
+    Args:
+        source: Ends with `.safetensors`.
+        file: Ends with one of `PORTABLE`.
+
+    Returns:
+        A sentence for people.
+
+    Raises:
+        ConfigError: The file cannot have that name, or what writes it is not installed.
+        NetworkError: The source is no such network, its architecture cannot be made here, or the
+            network cannot be written like that.
+    """
+    network, facts = read_pruned(source)
+    write_portable(network, file, facts)
+    return f"{file}: {source}, to run without evosearch"
 
 
 def export_front(

@@ -9,21 +9,20 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from evosearch.errors import ConfigError
 from evosearch.latency import LatencyModel, fit_latency
-from evosearch.networks import Network, import_own
+from evosearch.networks import Network
 from evosearch.pruning.cutting import Cutter, CuttingPlan
 from evosearch.pruning.table import GroupTable
 from evosearch.recipe import LatencyRecipe
+from evosearch.scoring.stopwatches import STOPWATCHES, Stopwatch, stopwatch_named
 
-__all__ = ["Stopwatch", "draw_widths", "seconds_of", "shares_of", "stand_in", "time_passes"]
+__all__ = ["draw_widths", "seconds_of", "shares_of", "stand_in", "time_passes"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-Stopwatch = Callable[[nn.Module, Tensor], float]
-"""From a network and `(n, c, h, w)` float32 images to the seconds that a forward pass takes."""
 
 # Policies that are timed, the dense network among them; fewer than the least foretell nothing.
 _POLICIES, _LEAST = 64, 16
@@ -31,46 +30,6 @@ _POLICIES, _LEAST = 64, 16
 _SECONDS, _LEAST_TURNS, _MOST_TURNS = 30.0, 2, 5
 # So many of those that a search chose; between, it can be stopped.
 _TOGETHER = 8
-# Of one network at a time; after the first pass, which prepares its kernels.
-_PASSES, _PASS_SECONDS = 3, 0.1
-
-
-@torch.inference_mode()
-def eager_seconds(module: nn.Module, images: Tensor) -> float:
-    """The fastest of a few forward passes, after one to warm up."""
-    module(images)
-    found: list[float] = []
-    while len(found) < _PASSES and sum(found) < _PASS_SECONDS:
-        start = time.perf_counter()
-        module(images)
-        found.append(time.perf_counter() - start)
-    return min(found)
-
-
-def stopwatch_named(name: str | None) -> Stopwatch:
-    """A user's function; PyTorch as it is, if there is no name.
-
-    Raises:
-        ConfigError: It cannot be imported or is no function.
-    """
-    if name is None:
-        return eager_seconds
-    if ":" not in name:
-        raise ConfigError(
-            f"latency.measure = {name!r}: name your own function as module:function or "
-            "path/to/file.py:function"
-        )
-    try:
-        found = import_own(name)
-    except ConfigError as exc:
-        raise ConfigError(f"latency.measure = {name!r}: {exc}") from exc
-    except (Exception, SystemExit) as exc:  # a user's file may do anything while it is imported
-        raise ConfigError(f"latency.measure = {name!r}: importing it failed with {exc!r}") from exc
-    if not callable(found):
-        raise ConfigError(
-            f"latency.measure = {name!r} is no function, but a {type(found).__name__}"
-        )
-    return found
 
 
 def time_passes(
@@ -163,6 +122,7 @@ def seconds_of(
             be run.
     """
     stopwatch = stopwatch_named(recipe.measure)
+    own = recipe.measure is not None and recipe.measure not in STOPWATCHES
     images = network.example(recipe.images)
     cutter, reference = Cutter(plan, network.module), Cutter(plan, network.module)
     half = plan.table.whole(-(-plan.table.channels // 2))
@@ -175,8 +135,8 @@ def seconds_of(
         ):
             turn = []
             for row in keep:
-                beside.append(_seconds(stopwatch, reference, half, images))
-                turn.append(_seconds(stopwatch, cutter, row, images) / beside[-1])
+                beside.append(_seconds(stopwatch, own, reference, half, images))
+                turn.append(_seconds(stopwatch, own, cutter, row, images) / beside[-1])
             ratios.append(turn)
             if len(ratios) >= _LEAST_TURNS and ratios[-1] == ratios[-2]:
                 break
@@ -211,18 +171,22 @@ def draw_widths(table: GroupTable, n: int, seed: int, round_to: int = 1) -> IntA
     return np.asarray(keep)
 
 
-def _seconds(stopwatch: Stopwatch, cutter: Cutter, keep: IntArray, images: Tensor) -> float:
+def _seconds(
+    stopwatch: Stopwatch, own: bool, cutter: Cutter, keep: IntArray, images: Tensor
+) -> float:
     """Of one policy; infinite if its network cannot be run."""
     table = cutter.plan.table
     place = np.arange(len(table.group_of)) - table.offsets[table.group_of]
     kept = np.append(place < keep[table.group_of], True)
     module = cutter.cut(kept).eval()
-    if stopwatch is not eager_seconds:
+    if own:
         module = copy.deepcopy(module)  # a user may move it to another device
     try:
         found = float(stopwatch(module, images))
+    except ConfigError:
+        raise
     except Exception as exc:
-        if stopwatch is not eager_seconds:
+        if own:
             raise ConfigError(f"latency.measure failed with {exc!r}") from exc
         return math.inf
     if not 0 < found < math.inf:

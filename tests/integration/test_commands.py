@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import onnxruntime
 import pandas as pd
 import pytest
 import torch
@@ -45,6 +46,7 @@ def test_help_is_instant_and_has_an_example(command: str) -> None:
         ("variants", "recalibrated-l1"),
         ("networks", "resnet110"),
         ("datasets", "cifar10-sample"),
+        ("stopwatches", "onnxruntime"),
         ("settings", "search.evaluations = 300\n    Distinct policies to measure"),
     ],
 )
@@ -137,9 +139,40 @@ def test_an_exported_network_loads_and_does_what_was_measured(cli: Cli, run: Pat
     found = float((outputs.argmax(1).numpy() == images.labels).mean())
     assert f"validation top-1 {found:.2%}" in said
     refused = cli.here("export", "run", "f.csv", "--calibration", "64", code=2).stderr
-    assert "FILE must end with .safetensors or be a folder" in refused
+    assert "FILE must end with .safetensors, .onnx or .pt2, or be a folder" in refused
     refused = cli.here("export", "run", "f.safetensors", *more[:3], "9999999", code=2).stderr
     assert "--calibration 9999999: data.calibration = 9999999" in refused
+
+
+def test_networks_that_run_without_evosearch(cli: Cli, run: Path) -> None:
+    cli.here("export", "run", "front.csv")
+    row = pd.read_csv(cli.folder / "front.csv").iloc[-1]
+    policy = ("--policy", row.policy)
+    said = cli.run("export", "run", "small.pt2", *policy).stdout
+    assert f"small.pt2: {Path(__file__).with_name('tiny.py')}:Tiny with {row.macs:.1%}" in said
+    cli.here("export", "run", "small.onnx", *policy)
+    cli.here("export", "run", "small.safetensors", *policy)
+    assert "again.pt2" in cli.here("export", "small.safetensors", "again.pt2").stdout
+    images = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = evosearch.load_pruned(cli.folder / "small.safetensors")(images)
+    for name in ("small.pt2", "again.pt2"):
+        found = torch.export.load(cli.folder / name).module()(images)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    session = onnxruntime.InferenceSession(cli.folder / "small.onnx")
+    (found,) = session.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-4)
+
+    for file, options, message in (
+        ("other.onnx", policy, "small.safetensors is one network, which is written as it is"),
+        ("other", (), "small.safetensors is a network: FILE must end with .onnx or .pt2"),
+        ("other.csv", (), "small.safetensors is not a run"),
+        ("other.onnx", ("--all",), "--all and --generation write tables, other.onnx is none"),
+    ):
+        assert message in cli.here("export", "small.safetensors", file, *options, code=2).stderr
+    refused = cli.here("export", "nothing.safetensors", "other.onnx", code=2).stderr
+    assert "nothing.safetensors" in refused
+    assert not (cli.folder / "other.onnx").exists()
 
 
 def test_the_networks_of_a_front_are_exported_together(cli: Cli, run: Path) -> None:
@@ -200,7 +233,7 @@ def test_networks_are_prepared_by_another_proxy_than_the_searchs(
     assert not (table["prepared:error"] == table["error"]).all()
 
     refused = cli.here("export", "run", "f.csv", *options, code=2).stderr
-    assert "FILE must end with .safetensors or be a folder" in refused
+    assert "FILE must end with .safetensors, .onnx or .pt2, or be a folder" in refused
     refused = cli.here("export", "run", "nets", "--set", "data.validation=64", code=2).stderr
     assert "--set data.validation: networks of a run can be prepared by another proxy" in refused
     refused = cli.here("export", "run", "nets", "--set", "proxy.criterion=nope", code=2).stderr

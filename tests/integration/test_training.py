@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pandas as pd
 import pytest
 import torch
@@ -86,6 +87,16 @@ def test_a_network_of_a_run_is_fine_tuned_and_loads(cli: Cli, run: Path) -> None
     right = float((outputs.argmax(1).numpy() == images.labels).mean())
     assert right == pytest.approx(record["test_top1"], abs=1e-9)
     assert not (cli.folder / "fine" / "small.checkpoint.pt").exists()
+
+    # The same in a runtime that knows nothing of us.
+    said = cli.here("export", "fine/small.safetensors", "small.onnx").stdout
+    assert "small.onnx: fine/small.safetensors, to run without evosearch" in said
+    session = onnxruntime.InferenceSession(cli.folder / "small.onnx")
+    (found,) = session.run(None, {"images": load_network(spec).normalise(images.pixels).numpy()})
+    np.testing.assert_allclose(found, outputs.numpy(), rtol=1e-3, atol=1e-3)
+    told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["policy"]) == record["policy"]
+    assert json.loads(told["mean"]) == [0.49, 0.48, 0.45]
 
 
 def test_fine_tuning_can_be_stopped_and_continued(cli: Cli, run: Path) -> None:

@@ -46,6 +46,8 @@ LAYERS = (
 OWNERS = {
     "matplotlib": {"evosearch.results.plots"},
     "moocore": {"evosearch.pareto"},
+    "onnx": {"evosearch.networks.onnx_models"},
+    "onnxruntime": {"evosearch.networks.onnx_models"},
     "pandas": {"evosearch.results.export"},
     "pyarrow": set(),
     "pymoo": {"evosearch.algorithms.evolution"},

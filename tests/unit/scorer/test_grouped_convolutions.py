@@ -1,5 +1,6 @@
 """What a grouped convolution asks of criteria, stopwatches, repairs and exports."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,7 @@ def test_exported_network_loads(
     cut = Scorer(prepare_workload(network, plan, settings, *images)).network_of(NARROW)
     groups = [(group.name, group.channels) for group in plan.table.groups]
     file = tmp_path / "cut.safetensors"
-    save_pruned(file, cut, network.spec, network.input, groups, NARROW, {})
+    save_pruned(file, replace(network, module=cut), groups, NARROW, {})
     loaded = load_pruned(file)
     example = network.example(4)
     with torch.inference_mode():
@@ -149,7 +150,7 @@ def test_network_of_a_version_that_left_grouped_convolutions_alone_loads(
     (group, *_) = plan.table.groups
     groups, counts = [(group.name, group.channels)], Policy((5,))
     file = tmp_path / "old.safetensors"
-    save_pruned(file, cut, network.spec, network.input, groups, counts, {})
+    save_pruned(file, replace(network, module=cut), groups, counts, {})
     example = network.example(4)
     with torch.inference_mode():
         assert torch.equal(load_pruned(file)(example), cut.eval()(example))
@@ -164,6 +165,6 @@ def test_file_of_another_network_says_what_to_name(
     (group, *_) = plan.table.groups
     # As if an earlier version had cut the stream alone: the rest has other widths than that says.
     groups, counts = [(group.name, group.channels)], Policy((8,))
-    save_pruned(tmp_path / "c.safetensors", cut, network.spec, network.input, groups, counts, {})
+    save_pruned(tmp_path / "c.safetensors", replace(network, module=cut), groups, counts, {})
     with pytest.raises(NetworkError, match=r"do not fit .*name that with load_pruned\(file, netw"):
         load_pruned(tmp_path / "c.safetensors")

@@ -1,0 +1,150 @@
+"""How long a forward pass takes: PyTorch as it is, ONNX Runtime, or as a user measures."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from evosearch.errors import ConfigError, NetworkError
+from evosearch.networks import import_own
+from evosearch.networks.onnx_models import (
+    exported_program,
+    onnx_model,
+    onnx_runner,
+    with_weights_of,
+)
+
+__all__ = ["STOPWATCHES", "Stopwatch", "eager_seconds", "stopwatch_named"]
+
+Stopwatch = Callable[[nn.Module, Tensor], float]
+"""From a network and `(n, c, h, w)` float32 images to the seconds that a forward pass takes."""
+
+# Of one network at a time; after the first pass, which prepares its kernels.
+_PASSES, _PASS_SECONDS = 3, 0.1
+# Of models that are kept to be timed again; others are made anew.
+_MOST_BYTES = 500_000_000
+# Two are enough for one network and the reference that each one is timed beside.
+_SESSIONS = 2
+# Of the largest output, between a runtime and PyTorch.
+_TOLERANCE = 1e-2
+
+
+def _fastest(run: Callable[[Tensor], object], images: Tensor) -> float:
+    """The fastest of a few passes, after one to warm up."""
+    run(images)
+    found: list[float] = []
+    while len(found) < _PASSES and sum(found) < _PASS_SECONDS:
+        start = time.perf_counter()
+        run(images)
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+@torch.inference_mode()
+def eager_seconds(module: nn.Module, images: Tensor) -> float:
+    """Of PyTorch as it is, on the CPU."""
+    return _fastest(module, images)
+
+
+class OnnxRuntimeSeconds:
+    """Of ONNX Runtime on the CPU, with as many threads as torch has.
+
+    Making a model takes seconds, so it is done once; narrower networks borrow its graph, if that
+    computes what they do, and get one of their own else.
+    """
+
+    def __init__(self) -> None:
+        self._graph: Any = None
+        self._models: dict[str, bytes] = {}
+        self._runners: dict[str, Callable[[Tensor], Any]] = {}
+
+    def __call__(self, module: nn.Module, images: Tensor) -> float:
+        """As `Stopwatch`.
+
+        Raises:
+            ConfigError: ONNX Runtime is not installed, or cannot run the network.
+        """
+        key = str([tuple(value.shape) for value in module.state_dict().values()])
+        if key not in self._runners:
+            if len(self._runners) >= _SESSIONS:
+                # The oldest that is not the first: that is the reference.
+                del self._runners[list(self._runners)[1]]
+            self._runners[key] = self._runner(key, module, images)
+        return _fastest(self._runners[key], images)
+
+    def _runner(self, key: str, module: nn.Module, images: Tensor) -> Callable[[Tensor], Any]:
+        threads = torch.get_num_threads()
+        if key in self._models:
+            return onnx_runner(self._models[key], threads)
+        with torch.inference_mode():
+            wanted = module(images).numpy()
+        try:
+            model, run = self._borrowed(module, images, wanted, threads)
+            if run is None:
+                model, run = self._own(module, images, threads)
+        except NetworkError as exc:
+            raise ConfigError(f"latency.measure = 'onnxruntime': {exc}") from exc
+        if sum(map(len, self._models.values())) + len(model) <= _MOST_BYTES:
+            self._models[key] = model
+        return run
+
+    def _borrowed(
+        self, module: nn.Module, images: Tensor, wanted: Any, threads: int
+    ) -> tuple[bytes, Callable[[Tensor], Any] | None]:
+        """The first network's graph with these weights, if that does."""
+        if self._graph is None:
+            return b"", None
+        model = with_weights_of(self._graph, module).SerializeToString()
+        try:
+            run = onnx_runner(model, threads)
+            found = run(images)
+        except Exception:  # noqa: BLE001 -- widths that the graph does not allow, refused in many ways
+            return b"", None
+        near = np.allclose(found, wanted, rtol=0, atol=_TOLERANCE * np.abs(wanted).max())
+        return model, run if near else None
+
+    def _own(
+        self, module: nn.Module, images: Tensor, threads: int
+    ) -> tuple[bytes, Callable[[Tensor], Any]]:
+        two = images if len(images) > 1 else torch.cat([images, images])
+        found = onnx_model(exported_program(module, two), {}, folded=False)
+        if self._graph is None:
+            self._graph = found
+        model = found.SerializeToString()
+        return model, onnx_runner(model, threads)
+
+
+STOPWATCHES: dict[str, tuple[str, Callable[[], Stopwatch]]] = {
+    "pytorch": ("float32 as PyTorch runs it, on the CPU", lambda: eager_seconds),
+    "onnxruntime": ("float32 as ONNX Runtime runs it, on the CPU", OnnxRuntimeSeconds),
+}
+"""Those that come with evosearch, with a line on each."""
+
+
+def stopwatch_named(name: str | None) -> Stopwatch:
+    """One of ours, or a user's function; PyTorch as it is, if there is no name.
+
+    Raises:
+        ConfigError: It cannot be imported or is no function.
+    """
+    if name is None or name in STOPWATCHES:
+        return STOPWATCHES[name or "pytorch"][1]()
+    if ":" not in name:
+        raise ConfigError(
+            f"latency.measure = {name!r}: there are {', '.join(STOPWATCHES)}, or name your own "
+            "function as module:function or path/to/file.py:function"
+        )
+    try:
+        found = import_own(name)
+    except ConfigError as exc:
+        raise ConfigError(f"latency.measure = {name!r}: {exc}") from exc
+    except (Exception, SystemExit) as exc:  # a user's file may do anything while it is imported
+        raise ConfigError(f"latency.measure = {name!r}: importing it failed with {exc!r}") from exc
+    if not callable(found):
+        raise ConfigError(
+            f"latency.measure = {name!r} is no function, but a {type(found).__name__}"
+        )
+    return found
