@@ -6,20 +6,28 @@ others, which no fit has seen: mean relative error of both, of those with widths
 of those with uneven ones; Kendall's tau with the measured order; and how long the one with about
 half of the MACs takes.
 
-With `--search IMAGES`, the published ResNet-20 is searched by distortion and latency, with so many
-images per pass, and by distortion and MACs. The fronts of a seed are timed in turns, together with
-uniform ratios: hypervolume of distortion and measured time, reference (1, 1).
+With `--search IMAGES`, the published ResNet-20, or the network of a recipe, is searched by
+distortion and latency, with so many images per pass, and by distortion and MACs. The fronts of a
+seed are timed in turns, together with uniform ratios: hypervolume of distortion and measured time,
+reference (1, 1).
 
     python benchmarks/latency.py [--networks resnet20:1 resnet20:64 ...] [--timed 40] [--round-to 8]
     python benchmarks/latency.py --networks --search 64 [--seeds 3] [--evaluations 120]
+        [--recipe benchmarks/recipes/fidelity-small-mobilenet.toml --set network.weights=... ...]
+
+By PyTorch's clock, or with `--measure onnxruntime` by another's.
 """
 
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from at_budget import RECONSTRUCTED, SURROGATE, Setting, Silent, mean_and_range, setting
+from at_budget import RECONSTRUCTED, SURROGATE, Silent, mean_and_range, setting
 from common import parser, show, write
 from scipy.stats import kendalltau
 
@@ -47,15 +55,19 @@ NETWORKS = (
 )
 
 
+def timed_by(images: int, options: Any) -> LatencyRecipe:
+    return LatencyRecipe(images=images, measure=options.measure)
+
+
 def compared(name: str, images: int, options: Any) -> dict[str, Any]:
     """One row."""
-    network = load_network(NetworkSpec(name=name))
+    network = load_network(NetworkSpec(name=name), (32, 32, 3) if ".py:" in name else None)
     plan = trace(network)
     table = plan.table
     fresh = draw_widths(table, 1 + options.timed, 1, options.round_to)[1:]
     keep = np.concatenate([draw_widths(table, FITTED, 0, options.round_to), fresh])
     start = time.perf_counter()
-    seconds = seconds_of(network, plan, LatencyRecipe(images=images), keep)
+    seconds = seconds_of(network, plan, timed_by(images, options), keep)
     spent = time.perf_counter() - start
     shares = table.shares(keep)["macs"]
     fitted, other = slice(FITTED), slice(FITTED, None)
@@ -99,27 +111,40 @@ def compared(name: str, images: int, options: Any) -> dict[str, Any]:
 COSTS = ("macs", "latency")
 
 
-def searched(where: Setting, seed: int, options: Any) -> list[dict[str, Any]]:
+@contextmanager
+def place(options: Any) -> Iterator[tuple[Path, Path, dict[str, Any]]]:
+    """A recipe, a folder for its runs, and changes to it."""
+    if options.recipe is None:
+        with setting(options.data, "resnet20", options.workers) as where:
+            yield where.recipe, where.recipe.parent, dict(where.common)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield options.recipe, Path(folder), {"run.workers": options.workers}
+
+
+def searched(
+    file: Path, folder: Path, common: dict[str, Any], seed: int, options: Any
+) -> list[dict[str, Any]]:
     """Fronts of all searches of a seed, timed in the same turns."""
     fronts: dict[str, dict[Policy, float]] = {}
     for cost in COSTS:
         recipe = load_recipe(
-            str(where.recipe),
-            (),
+            str(file),
+            options.set,
             {
-                **where.common,
+                **common,
                 **RECONSTRUCTED,
                 **SURROGATE,
                 "search.objectives": ["distortion", cost],
                 "space.round_to": options.round_to,
                 "latency.images": options.search,
+                "latency.measure": options.measure,
                 "search.seed": seed,
                 "search.evaluations": options.evaluations,
                 "search.baseline": UNIFORM,
             },
         )
-        folder = where.recipe.parent / f"{seed}-{len(fronts)}"
-        results = launch(recipe, folder, Silent()).results
+        results = launch(recipe, folder / f"{seed}-{len(fronts)}", Silent()).results
         print(f"seed {seed}, distortion and {cost}: searched", flush=True)
         fronts[f"distortion and {cost}"] = {
             row.policy: row.values["distortion"] for row in results.front
@@ -133,7 +158,7 @@ def searched(where: Setting, seed: int, options: Any) -> list[dict[str, Any]]:
     found = [policy for front in fronts.values() for policy in front]
     policies = list(dict.fromkeys([plan.table.dense, *found]))
     keep = np.array([policy.keep for policy in policies])
-    seconds = seconds_of(network, plan, LatencyRecipe(images=options.search), keep)
+    seconds = seconds_of(network, plan, timed_by(options.search, options), keep)
     shares = dict(zip(policies, seconds / seconds[0], strict=True))
     return [
         {
@@ -149,12 +174,16 @@ def searched(where: Setting, seed: int, options: Any) -> list[dict[str, Any]]:
     ]
 
 
+def name_of(options: Any) -> str:
+    return options.recipe.stem if options.recipe else "ResNet-20"
+
+
 def search(options: Any) -> list[dict[str, Any]]:
     """Searches, and shows what they found."""
     rows: list[dict[str, Any]] = []
-    with setting(options.data, "resnet20", options.workers) as where:
+    with place(options) as where:
         for seed in range(options.seeds):
-            rows += searched(where, seed, options)
+            rows += searched(*where, seed, options)
     table = []
     for name in dict.fromkeys(row["search"] for row in rows):
         mine = [row for row in rows if row["search"] == name]
@@ -166,8 +195,8 @@ def search(options: Any) -> list[dict[str, Any]]:
         ]
         table.append([name, mean_and_range([row["hypervolume"] for row in mine], 4), *best])
     show(
-        f"ResNet-20, {options.search} images per pass, {options.evaluations} policies, "
-        f"{options.seeds} seeds: distortion beside measured time",
+        f"{name_of(options)}, {options.search} images per pass by {options.measure}, "
+        f"{options.evaluations} policies, {options.seeds} seeds: distortion beside measured time",
         ["searched by", "hypervolume", *(f"{limit:.0%} of the time" for limit in LIMITS)],
         table,
     )
@@ -185,6 +214,9 @@ def main() -> None:
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--evaluations", type=int, default=120)
     made.add_argument("--workers", type=int, default=2)
+    made.add_argument("--measure", default="pytorch", help="a stopwatch, as in latency.measure")
+    made.add_argument("--recipe", type=Path, help="whose network is searched")
+    made.add_argument("--set", action="append", default=[], help="KEY=VALUE, of that recipe")
     options = made.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -199,6 +231,8 @@ def main() -> None:
         "latency",
         options.json,
         {
+            "measure": options.measure,
+            "recipe": options.recipe and options.recipe.name,
             "round_to": options.round_to,
             "rows": rows,
             "images_per_pass": options.search,
