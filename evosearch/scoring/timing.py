@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,6 +31,26 @@ _POLICIES, _LEAST = 64, 16
 _SECONDS, _LEAST_TURNS, _MOST_TURNS = 30.0, 2, 5
 # So many of those that a search chose; between, it can be stopped.
 _TOGETHER = 8
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """What a pass is, and who measures it."""
+
+    stopwatch: Stopwatch
+    own: bool
+    """Whether it is a user's."""
+    images: Tensor
+    threads: int
+
+
+def _clock(network: Network, recipe: LatencyRecipe) -> _Clock:
+    return _Clock(
+        stopwatch_named(recipe.measure),
+        recipe.measure is not None and recipe.measure not in STOPWATCHES,
+        network.example(recipe.images),
+        recipe.threads,
+    )
 
 
 def time_passes(
@@ -90,12 +111,14 @@ def shares_of(
     Raises:
         ConfigError: There is no such stopwatch, or it does not return seconds.
     """
+    clock = _clock(network, recipe)
     for start in range(0, len(keep), _TOGETHER):
         if stop():
             return
         part = keep[start : start + _TOGETHER]
         seconds = _SECONDS * (len(part) + 1) / _POLICIES
-        found = seconds_of(network, plan, recipe, np.stack([plan.table.channels, *part]), seconds)
+        rows = np.stack([plan.table.channels, *part])
+        found = _in_turns(network, plan, clock, rows, seconds)
         if not math.isfinite(found[0]):
             raise ConfigError("latency: the dense network cannot be run here")
         for row, share in enumerate(found[1:] / found[0], start):
@@ -104,39 +127,38 @@ def shares_of(
 
 
 def seconds_of(
-    network: Network,
-    plan: CuttingPlan,
-    recipe: LatencyRecipe,
-    keep: IntArray,
-    most_seconds: float = _SECONDS,
+    network: Network, plan: CuttingPlan, recipe: LatencyRecipe, keep: IntArray
 ) -> FloatArray:
     """`(n,)` seconds of `(n, n_groups)` kept channels; infinite where a network cannot be run.
 
     A shared machine is now fast and now slow, by half as much again. So each policy is timed beside
     a reference that keeps half of all channels; the median of their ratios counts. They take turns
-    until `most_seconds` are over, twice at least; no longer if the stopwatch, which may as well
+    until half a minute is over, twice at least; no longer if the stopwatch, which may as well
     compute times, says the same twice.
 
     Raises:
         ConfigError: There is no such stopwatch, it does not return seconds, or the reference cannot
             be run.
     """
-    stopwatch = stopwatch_named(recipe.measure)
-    own = recipe.measure is not None and recipe.measure not in STOPWATCHES
-    images = network.example(recipe.images)
+    return _in_turns(network, plan, _clock(network, recipe), keep, _SECONDS)
+
+
+def _in_turns(
+    network: Network, plan: CuttingPlan, clock: _Clock, keep: IntArray, most_seconds: float
+) -> FloatArray:
     cutter, reference = Cutter(plan, network.module), Cutter(plan, network.module)
     half = plan.table.whole(-(-plan.table.channels // 2))
     ratios: list[list[float]] = []
     beside: list[float] = []
-    with _threads(recipe.threads):
+    with _threads(clock.threads):
         start = time.perf_counter()
         while len(ratios) < _LEAST_TURNS or (
             len(ratios) < _MOST_TURNS and time.perf_counter() - start < most_seconds
         ):
             turn = []
             for row in keep:
-                beside.append(_seconds(stopwatch, own, reference, half, images))
-                turn.append(_seconds(stopwatch, own, cutter, row, images) / beside[-1])
+                beside.append(_seconds(clock, reference, half))
+                turn.append(_seconds(clock, cutter, row) / beside[-1])
             ratios.append(turn)
             if len(ratios) >= _LEAST_TURNS and ratios[-1] == ratios[-2]:
                 break
@@ -171,22 +193,20 @@ def draw_widths(table: GroupTable, n: int, seed: int, round_to: int = 1) -> IntA
     return np.asarray(keep)
 
 
-def _seconds(
-    stopwatch: Stopwatch, own: bool, cutter: Cutter, keep: IntArray, images: Tensor
-) -> float:
+def _seconds(clock: _Clock, cutter: Cutter, keep: IntArray) -> float:
     """Of one policy; infinite if its network cannot be run."""
     table = cutter.plan.table
     place = np.arange(len(table.group_of)) - table.offsets[table.group_of]
     kept = np.append(place < keep[table.group_of], True)
     module = cutter.cut(kept).eval()
-    if own:
+    if clock.own:
         module = copy.deepcopy(module)  # a user may move it to another device
     try:
-        found = float(stopwatch(module, images))
+        found = float(clock.stopwatch(module, clock.images))
     except ConfigError:
         raise
     except Exception as exc:
-        if own:
+        if clock.own:
             raise ConfigError(f"latency.measure failed with {exc!r}") from exc
         return math.inf
     if not 0 < found < math.inf:

@@ -245,7 +245,7 @@ def test_dense_network_that_cannot_be_run_leaves_the_front_untimed(
     launch(timed_recipe(), run, Silent())
     with Ledger.open(run, write=True) as ledger:
         ledger.set_meta("timed", {})
-    monkeypatch.setattr(timing, "seconds_of", lambda *given: np.full(len(given[3]), np.inf))
+    monkeypatch.setattr(timing, "_in_turns", lambda *given: np.full(len(given[3]), np.inf))
     observer = Silent()
     resume(run, observer)
     assert any("the dense network cannot be run here" in said for said in observer.phases)
