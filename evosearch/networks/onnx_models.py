@@ -16,9 +16,20 @@ from torch import Tensor, nn
 
 from evosearch.errors import ConfigError, NetworkError
 
-__all__ = ["INPUT", "OUTPUT", "exported_program", "onnx_model", "onnx_runner", "with_weights_of"]
+__all__ = [
+    "INPUT",
+    "OUTPUT",
+    "exported_program",
+    "onnx_model",
+    "onnx_runner",
+    "optimized",
+    "serialized",
+    "with_weights_of",
+]
 
 INPUT, OUTPUT = "images", "logits"
+# What torch.export says of a dimension that is no variable after all.
+_FIXED = "Constraints violated"
 
 
 @contextlib.contextmanager
@@ -50,21 +61,29 @@ def _quietly() -> Iterator[None]:
             talker.setLevel(level)
 
 
-def exported_program(module: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    """The graph of a network, for any number of images.
+def exported_program(
+    module: nn.Module, images: Tensor, *, fixed: bool = False
+) -> torch.export.ExportedProgram:
+    """The graph of a network.
 
     Args:
         module: In evaluation mode.
-        images: `(n, c, h, w)`, two or more: a single one is taken for a constant.
+        images: `(n, c, h, w)`; two or more unless `fixed`: a single one is taken for a constant.
+        fixed: Whether the graph is for so many images alone.
 
     Raises:
         NetworkError: torch.export cannot follow the network.
     """
-    shapes = ({0: torch.export.Dim("batch")},)
+    shapes = None if fixed else ({0: torch.export.Dim("batch")},)
     try:
         with _quietly(), torch.no_grad():
             return torch.export.export(module, (images,), dynamic_shapes=shapes)
-    except Exception as exc:  # what a network's forward or the tracer may raise
+    except Exception as exc:
+        if _FIXED in str(exc):
+            raise NetworkError(
+                "torch.export finds the number of images fixed in the network's forward: len(x) "
+                "fixes it, x.shape[0] and flatten(1) do not"
+            ) from exc
         raise NetworkError(f"torch.export cannot follow the network: {_first_line(exc)}") from exc
 
 
@@ -85,6 +104,12 @@ def onnx_model(
     with _extra():
         import onnx
         import onnxscript  # noqa: F401 -- torch imports it, and says less of it
+    taken = sorted({INPUT, OUTPUT} & {*program.state_dict, *program.constants})
+    if taken:
+        raise NetworkError(
+            f"the network has a tensor {taken[0]!r}, which is how its input or output is called in "
+            "ONNX; give it another name"
+        )
     try:
         with _quietly():
             found: Any = torch.onnx.export(
@@ -130,16 +155,50 @@ def with_weights_of(model: Any, module: nn.Module) -> Any:
             for attribute in node.attribute:
                 if attribute.name == "group":
                     attribute.i = groups.get(node.input[1], attribute.i)
-        elif node.op_type == "Reshape" and _is_of_two(made_by.get(node.input[1])):
+        elif node.op_type == "Reshape" and _flattens(made_by, node.input[1]):
             node.op_type = "Flatten"
             del node.input[1], node.attribute[:]
             node.attribute.append(onnx.helper.make_attribute("axis", 1))
     return narrowed
 
 
-def _is_of_two(shape: Any) -> bool:
-    """Whether a node makes a shape of two numbers: images, and what each of them becomes."""
-    return shape is not None and shape.op_type == "Concat" and len(shape.input) == 2
+def _flattens(made_by: Mapping[str, Any], shape: str) -> bool:
+    """Whether a shape is that of two numbers: of images, however many, and what each becomes."""
+    joined = made_by.get(shape)
+    if joined is None or joined.op_type != "Concat" or len(joined.input) != 2:
+        return False
+    images, each = (made_by.get(name) for name in joined.input)
+    return (
+        images is not None
+        and images.op_type != "Constant"
+        and getattr(each, "op_type", "") == ("Constant")
+    )
+
+
+def optimized(model: Any) -> Any:
+    """A model that was not folded, as it would have been exported.
+
+    Nothing that is constant is computed when it runs, so that a runtime sees what it can fuse.
+    """
+    with _extra():
+        from onnxscript import optimizer
+    with _quietly():
+        return optimizer.optimize(model)
+
+
+def serialized(model: Any) -> bytes:
+    """The bytes of a model.
+
+    Raises:
+        NetworkError: It is larger than ONNX allows.
+    """
+    try:
+        found: bytes = model.SerializeToString()
+    except Exception as exc:
+        raise NetworkError(
+            "ONNX allows 2 GB in a file, and the network has more; write it as .pt2"
+        ) from exc
+    return found
 
 
 def onnx_runner(model: bytes, threads: int = 1) -> Callable[[Tensor], NDArray[np.float32]]:

@@ -1,5 +1,6 @@
 """Networks as files that run without evosearch, and without the code of their architecture."""
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,12 @@ from torch import Tensor
 from evosearch.errors import NetworkError
 from evosearch.files import write_atomically
 from evosearch.networks.loading import Network
-from evosearch.networks.onnx_models import exported_program, onnx_model, onnx_runner
+from evosearch.networks.onnx_models import (
+    exported_program,
+    onnx_model,
+    onnx_runner,
+    serialized,
+)
 
 __all__ = ["PORTABLE", "write_portable"]
 
@@ -55,14 +61,16 @@ def _write_onnx(
     program: torch.export.ExportedProgram, file: Path, facts: Mapping[str, Any]
 ) -> Callable[[Tensor], Any]:
     said = {key: json.dumps(value) for key, value in facts.items()}
-    file.write_bytes(onnx_model(program, said).SerializeToString())
+    file.write_bytes(serialized(onnx_model(program, said)))
     return onnx_runner(file.read_bytes())
 
 
 def _write_program(
     program: torch.export.ExportedProgram, file: Path, facts: Mapping[str, Any]
 ) -> Callable[[Tensor], Any]:
-    torch.export.save(program, file, extra_files={FACTS: json.dumps(facts)})
+    written = io.BytesIO()  # torch's own writing to disk fails in its own ways
+    torch.export.save(program, written, extra_files={FACTS: json.dumps(facts)})
+    file.write_bytes(written.getvalue())
     return torch.export.load(file).module()
 
 
@@ -70,7 +78,10 @@ def _write_program(
 def _compare(found: Any, network: Network, images: Tensor, file: Path) -> None:
     """Raises if outputs are not those of the network."""
     wanted = network.module(images).numpy()
-    if not np.allclose(found, wanted, rtol=_TOLERANCE, atol=_TOLERANCE * np.abs(wanted).max()):
+    if not np.isfinite(wanted).all():
+        raise NetworkError(f"{file}: outputs of the network are not finite")
+    near = {"rtol": _TOLERANCE, "atol": _TOLERANCE * np.abs(wanted).max()}
+    if np.shape(found) != wanted.shape or not np.allclose(found, wanted, **near):
         raise NetworkError(
             f"{file}: what was written computes something else than the network, and was removed"
         )

@@ -14,6 +14,8 @@ from evosearch.networks.onnx_models import (
     exported_program,
     onnx_model,
     onnx_runner,
+    optimized,
+    serialized,
     with_weights_of,
 )
 
@@ -24,7 +26,7 @@ Stopwatch = Callable[[nn.Module, Tensor], float]
 
 # Of one network at a time; after the first pass, which prepares its kernels.
 _PASSES, _PASS_SECONDS = 3, 0.1
-# Of models that are kept to be timed again; others are made anew.
+# Of models that are kept to be timed again; the oldest are made anew.
 _MOST_BYTES = 500_000_000
 # Two are enough for one network and the reference that each one is timed beside.
 _SESSIONS = 2
@@ -52,8 +54,8 @@ def eager_seconds(module: nn.Module, images: Tensor) -> float:
 class OnnxRuntimeSeconds:
     """Of ONNX Runtime on the CPU, with as many threads as torch has.
 
-    Making a model takes seconds, so it is done once; narrower networks borrow its graph, if that
-    computes what they do, and get one of their own else.
+    Exporting takes seconds, so it is done once; narrower networks borrow that graph, if it computes
+    what they do then, and get one of their own else.
     """
 
     def __init__(self) -> None:
@@ -70,8 +72,7 @@ class OnnxRuntimeSeconds:
         key = str([tuple(value.shape) for value in module.state_dict().values()])
         if key not in self._runners:
             if len(self._runners) >= _SESSIONS:
-                # The oldest that is not the first: that is the reference.
-                del self._runners[list(self._runners)[1]]
+                del self._runners[_second(self._runners)]
             self._runners[key] = self._runner(key, module, images)
         return _fastest(self._runners[key], images)
 
@@ -82,39 +83,54 @@ class OnnxRuntimeSeconds:
         with torch.inference_mode():
             wanted = module(images).numpy()
         try:
-            model, run = self._borrowed(module, images, wanted, threads)
-            if run is None:
-                model, run = self._own(module, images, threads)
+            model, run = self._borrowed(module, images, wanted, threads) or self._own(
+                module, images, threads
+            )
         except NetworkError as exc:
             raise ConfigError(f"latency.measure = 'onnxruntime': {exc}") from exc
-        if sum(map(len, self._models.values())) + len(model) <= _MOST_BYTES:
-            self._models[key] = model
+        self._models[key] = model
+        while len(self._models) > 1 and sum(map(len, self._models.values())) > _MOST_BYTES:
+            del self._models[_second(self._models)]
         return run
 
     def _borrowed(
         self, module: nn.Module, images: Tensor, wanted: Any, threads: int
-    ) -> tuple[bytes, Callable[[Tensor], Any] | None]:
+    ) -> tuple[bytes, Callable[[Tensor], Any]] | None:
         """The first network's graph with these weights, if that does."""
         if self._graph is None:
-            return b"", None
-        model = with_weights_of(self._graph, module).SerializeToString()
+            return None
         try:
+            model = serialized(optimized(with_weights_of(self._graph, module)))
             run = onnx_runner(model, threads)
             found = run(images)
+        except ConfigError:
+            raise
         except Exception:  # noqa: BLE001 -- widths that the graph does not allow, refused in many ways
-            return b"", None
-        near = np.allclose(found, wanted, rtol=0, atol=_TOLERANCE * np.abs(wanted).max())
-        return model, run if near else None
+            return None
+        near = {"rtol": 0, "atol": _TOLERANCE * np.nanmax(np.abs(wanted)), "equal_nan": True}
+        if found.shape != wanted.shape or not np.allclose(found, wanted, **near):
+            return None
+        return model, run
 
     def _own(
         self, module: nn.Module, images: Tensor, threads: int
     ) -> tuple[bytes, Callable[[Tensor], Any]]:
-        two = images if len(images) > 1 else torch.cat([images, images])
-        found = onnx_model(exported_program(module, two), {}, folded=False)
+        try:
+            two = images if len(images) > 1 else torch.cat([images, images])
+            program = exported_program(module, two)
+        except NetworkError:
+            # What fixes the number of images cannot lend its graph, but can be timed.
+            program = exported_program(module, images, fixed=True)
+        found = onnx_model(program, {}, folded=False)
         if self._graph is None:
             self._graph = found
-        model = found.SerializeToString()
+        model = serialized(optimized(found))
         return model, onnx_runner(model, threads)
+
+
+def _second(kept: dict[str, Any]) -> str:
+    """The oldest but the first: that is the reference, which each network is timed beside."""
+    return list(kept)[1]
 
 
 STOPWATCHES: dict[str, tuple[str, Callable[[], Stopwatch]]] = {
