@@ -4,7 +4,8 @@ Networks of random widths are cut and timed in turns. A model is fitted to 64 of
 `evosearch launch` does where a latency is a goal, and a line over MACs to the same ones. Of the
 others, which no fit has seen: mean relative error of both, of those with widths about a level and
 of those with uneven ones; Kendall's tau with the measured order; and how long the one with about
-half of the MACs takes.
+half of the MACs takes, and the one with three quarters of all channels, in multiples of eight, and
+with one channel less in each group.
 
 With `--search IMAGES`, the published ResNet-20, or the network of a recipe, is searched by
 distortion and latency, with so many images per pass, and by distortion and MACs. The fronts of a
@@ -40,7 +41,7 @@ from evosearch.policy import Policy
 from evosearch.pruning.groups import trace
 from evosearch.recipe import LatencyRecipe, load_recipe
 from evosearch.run import launch
-from evosearch.scoring.timing import draw_widths, seconds_of
+from evosearch.scoring.timing import draw_widths, even_and_odd, seconds_of
 
 FITTED = 64
 UNIFORM = 32
@@ -65,10 +66,13 @@ def compared(name: str, images: int, options: Any) -> dict[str, Any]:
     plan = trace(network)
     table = plan.table
     fresh = draw_widths(table, 1 + options.timed, 1, options.round_to)[1:]
-    keep = np.concatenate([draw_widths(table, FITTED, 0, options.round_to), fresh])
+    drawn = draw_widths(table, FITTED, 0, options.round_to)
+    keep = np.concatenate([drawn, fresh, even_and_odd(table)])
     start = time.perf_counter()
     seconds = seconds_of(network, plan, timed_by(images, options), keep)
     spent = time.perf_counter() - start
+    quarters = seconds[-2:] / seconds[0]
+    keep, seconds = keep[:-2], seconds[:-2]
     shares = table.shares(keep)["macs"]
     fitted, other = slice(FITTED), slice(FITTED, None)
     # As draw_widths divides them, less the dense one.
@@ -100,6 +104,7 @@ def compared(name: str, images: int, options: Any) -> dict[str, Any]:
         },
         "largest_error": {key: float(np.abs(error).max()) for key, error in errors.items()},
         "tau": {key: float(kendalltau(guess, found).statistic) for key, guess in guesses.items()},
+        "three_quarters": {"in eights": float(quarters[0]), "one less": float(quarters[1])},
         "half": {"macs": float(macs[half]), "time": float(found[half] / seconds[0])},
         "others": [
             {"macs": float(m), "seconds": float(s), "foreseen": float(f), "uneven": bool(u)}
@@ -247,7 +252,7 @@ def report(rows: list[dict[str, Any]], timed: int) -> None:
     columns = ("network", "images", "dense ms", "level", "uneven", "MACs: level", "uneven")
     show(
         f"Errors on {timed} networks that were not fitted, one thread",
-        (*columns, "tau", "tau of MACs", "half of the MACs"),
+        (*columns, "tau", "tau of MACs", "half of the MACs", "3/4 in eights"),
         [
             [
                 row["network"].removeprefix("torchvision:"),
@@ -260,6 +265,7 @@ def report(rows: list[dict[str, Any]], timed: int) -> None:
                 ),
                 *row["tau"].values(),
                 f"{row['half']['macs']:.0%}: {row['half']['time']:.0%}",
+                "{in eights:.0%}, {one less:.0%}".format(**row["three_quarters"]),
             ]
             for row in rows
         ],

@@ -22,7 +22,7 @@ from evosearch.data import (
     Images,
 )
 from evosearch.errors import BudgetUnreachable, ConfigError
-from evosearch.latency import LatencyModel
+from evosearch.latency import BLOCK, LatencyModel
 from evosearch.materials import ImageSets, network_and_images
 from evosearch.policy import Policy
 from evosearch.pruning.blending import cluster_groups
@@ -53,6 +53,8 @@ _CLEARLY_ABOVE = 0.1
 _FEW_FOR_OUTPUTS = 256
 # Relative errors of foreseen latencies beyond this are told.
 _UNSURE = 0.1
+# Times as long as a network that has one more channel in each group.
+_SLOW = 1.15
 # Of so many images and classes the ledger keeps what the dense network puts out.
 _SHOWN = 16
 # So many random policies show what a space can cost, where its extremes are not policies of it.
@@ -147,7 +149,13 @@ class Assembled:
         latency, found = self.workload.plan.table.latency, []
         if latency is None:
             return []
-        if latency.error > _UNSURE:
+        if latency.odd is not None and latency.odd > _SLOW:
+            found.append(
+                f"warning: widths that are no multiples of {BLOCK} are slow here: with one channel "
+                f"less in each group, a network of such multiples takes {latency.odd:.2g} times as "
+                f"long; set space.round_to to {BLOCK} or {2 * BLOCK}"
+            )
+        elif latency.error > _UNSURE:
             found.append(
                 f"warning: latency is foreseen within {latency.error:.0%} only; if the machine was "
                 "busy while passes were timed, launch again when it is not"

@@ -18,14 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evosearch.checks import check_shape
 
-__all__ = ["AxisWidth", "LatencyModel", "LayerShape", "fit_latency"]
+__all__ = ["BLOCK", "AxisWidth", "LatencyModel", "LayerShape", "fit_latency"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Index = Annotated[int, Field(ge=0)]
 
-# Of channels: what vector units take at once.
-_BLOCK = 8
+BLOCK = 8
+"""Channels that vector units take at once, or half of that."""
 _FOLDS = 5
 # What hangs on a share must not hang on the last bits of sums, which differ between machines.
 _DIGITS = 9
@@ -90,7 +90,7 @@ class _Widths:
         Widths that nothing cuts, such as an image's, stay as they are.
         """
         plain = keep.astype(np.float64) @ self._slope + self._fixed
-        return plain, np.where(self._cut, np.ceil(plain / _BLOCK) * _BLOCK, plain)
+        return plain, np.where(self._cut, np.ceil(plain / BLOCK) * BLOCK, plain)
 
 
 class LatencyModel(_Part):
@@ -108,6 +108,9 @@ class LatencyModel(_Part):
     """Mean relative error on timed policies that a fit has not seen."""
     policies: Annotated[int, Field(ge=1)]
     """How many were timed."""
+    odd: Annotated[float, Field(gt=0)] | None = None
+    """How many times as long three quarters of all channels, in multiples of `BLOCK`, take with one
+    channel less in each group; None where policies keep such multiples anyway."""
 
     def told(self, least: IntArray) -> str:
         """What was timed, for people.

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evosearch.errors import ConfigError
-from evosearch.latency import LatencyModel, fit_latency
+from evosearch.latency import BLOCK, LatencyModel, fit_latency
 from evosearch.networks import Network
 from evosearch.pruning.cutting import Cutter, CuttingPlan
 from evosearch.pruning.table import GroupTable
 from evosearch.recipe import LatencyRecipe
 from evosearch.scoring.stopwatches import STOPWATCHES, Stopwatch, stopwatch_named
 
-__all__ = ["draw_widths", "seconds_of", "shares_of", "stand_in", "time_passes"]
+__all__ = ["draw_widths", "even_and_odd", "seconds_of", "shares_of", "stand_in", "time_passes"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -70,7 +70,9 @@ def time_passes(
         ConfigError: There is no such stopwatch, or it does not return seconds.
     """
     keep = draw_widths(plan.table, _POLICIES, 0, round_to)
-    seconds = seconds_of(network, plan, recipe, keep)
+    odd = even_and_odd(plan.table) if round_to % BLOCK else keep[:0]
+    seconds = seconds_of(network, plan, recipe, np.concatenate([keep, odd]))
+    seconds, beside = seconds[: len(keep)], seconds[len(keep) :]
     timed = np.isfinite(seconds)
     if not timed[0] or timed.sum() < _LEAST:
         raise ConfigError(
@@ -78,7 +80,18 @@ def time_passes(
             "leave latency out of search and space"
         )
     axes, layers = plan.table.shapes()
-    return fit_latency(axes, layers, plan.table.channels.tolist(), keep[timed], seconds[timed])
+    channels = plan.table.channels.tolist()
+    model = fit_latency(axes, layers, channels, keep[timed], seconds[timed])
+    if len(beside) and np.isfinite(beside).all():
+        model = model.model_copy(update={"odd": float(beside[1] / beside[0])})
+    return model
+
+
+def even_and_odd(table: GroupTable) -> IntArray:
+    """`(2, n_groups)`: three quarters of all channels, in multiples of `BLOCK`; and one less."""
+    blocks = np.ceil(table.channels * 0.75 / BLOCK).astype(np.int64)
+    even = np.minimum(blocks * BLOCK, table.channels)
+    return table.whole(np.stack([even, np.maximum(even - 1, 1)]))
 
 
 def stand_in(table: GroupTable) -> LatencyModel:

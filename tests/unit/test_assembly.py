@@ -262,6 +262,16 @@ def test_a_latency_that_is_badly_foreseen_is_told() -> None:
     ]
 
 
+def liking_eights(module: nn.Module, images: torch.Tensor) -> float:
+    return seconds_by_weights(module, images) * (1 + module.conv.out_channels % 8)
+
+
+def test_widths_that_are_slow_are_told() -> None:
+    (said,) = (text for text in assemble(timed("liking_eights")).doubts() if "widths" in text)
+    assert said.startswith("warning: widths that are no multiples of 8 are slow here: with one")
+    assert said.endswith("times as long; set space.round_to to 8 or 16")
+
+
 recipe_text = "no function"
 
 

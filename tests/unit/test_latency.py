@@ -174,6 +174,24 @@ def rounded(module: nn.Module, _images: torch.Tensor) -> float:
     return 1.0
 
 
+def odd_is_slow(module: nn.Module, images: torch.Tensor) -> float:
+    widths = {c.out_channels for c in module.modules() if isinstance(c, nn.Conv2d)}
+    return by_parameters(module, images) * (1 + any(width % 8 for width in widths))
+
+
+def test_widths_that_the_kernels_do_not_like_are_noticed() -> None:
+    traced = load_network(NetworkSpec(name="resnet20"))
+    plan = trace(traced)
+    clock = LatencyRecipe(measure=f"{__name__}:odd_is_slow")
+    found = time_passes(traced, plan, clock).odd
+    assert found is not None
+    assert 1.8 < found < 2
+    assert time_passes(traced, plan, clock, round_to=8).odd is None
+    found = time_passes(traced, plan, LatencyRecipe(measure=f"{__name__}:by_parameters")).odd
+    assert found is not None
+    assert 0.9 < found < 1
+
+
 def test_a_network_that_cannot_be_narrowed_is_not_timed() -> None:
     traced, plan = own(Small())
     traced.module.forward = lambda _x: (_ for _ in ()).throw(RuntimeError("no"))  # type: ignore[method-assign]

@@ -13,18 +13,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evosearch.errors import ConfigError, NetworkError
+from evosearch.errors import BackendError, ConfigError, NetworkError
 from evosearch.networks import NetworkSpec, load_network, write_portable
 from evosearch.networks.onnx_models import (
     exported_program,
     onnx_model,
     onnx_runner,
+    optimized,
+    serialized,
     with_weights_of,
 )
 from evosearch.pruning.cutting import Cutter
 from evosearch.recipe import LatencyRecipe
-from evosearch.scoring import stopwatches
-from evosearch.scoring.timing import draw_widths, seconds_of
+from evosearch.scoring import stopwatches, timing
+from evosearch.scoring.timing import draw_widths, seconds_of, shares_of
 from tests.unit.small_networks import Flat, own, uneven
 
 
@@ -55,6 +57,23 @@ class Reshaped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x).relu()
         logits: Tensor = self.fc(y.reshape(y.shape[0], y.shape[1], -1).mean(2))
+        return logits
+
+
+class Windowed(Inverted):
+    """What its graph reshapes to in two numbers is no batch of images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.arange(12.0).reshape(4, 3).mean(1)
+        logits: Tensor = self.body(x * table.repeat(3).reshape(2, 6)[0].mean())
+        return logits
+
+
+class Counting(Inverted):
+    """Knows after its trace how many images there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.body(x).view(len(x), -1)
         return logits
 
 
@@ -122,6 +141,37 @@ def test_a_file_that_computes_something_else_is_not_left(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_hinders_is_told(tmp_path: Path) -> None:
+    network, _ = own(Inverted())
+    fixed = replace(network, module=Counting().eval())
+    with pytest.raises(
+        NetworkError, match=r"len\(x\) fixes it, x\.shape\[0\] and flatten\(1\) do not"
+    ):
+        write_portable(fixed, tmp_path / "a.onnx", {})
+    named = replace(network, module=Inverted().eval())
+    named.module.register_buffer("images", torch.ones(1))
+    named.module.register_forward_pre_hook(lambda module, given: (given[0] * module.images,))
+    with pytest.raises(NetworkError, match="the network has a tensor 'images'"):
+        write_portable(named, tmp_path / "a.onnx", {})
+    burst = replace(network, module=Inverted().eval())
+    nn.init.constant_(burst.module.body[-1].bias, np.nan)
+    with pytest.raises(NetworkError, match=r"a\.pt2: outputs of the network are not finite"):
+        write_portable(burst, tmp_path / "a.pt2", {})
+    for suffix in (".onnx", ".pt2"):
+        with pytest.raises(BackendError, match=r"cannot write .*: File name too long"):
+            write_portable(network, tmp_path / f"{'a' * 250}{suffix}", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_onnx_cannot_hold_are_refused() -> None:
+    class Large:
+        def SerializeToString(self) -> bytes:  # noqa: N802 -- as protobuf calls it
+            raise ValueError("exceeds")
+
+    with pytest.raises(NetworkError, match=r"ONNX allows 2 GB .* write it as \.pt2"):
+        serialized(Large())
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
@@ -149,16 +199,38 @@ def test_a_graph_serves_other_widths(made: type[nn.Module]) -> None:
     np.testing.assert_allclose(run(network.example(3)), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("made", "graphs"), [(Inverted, 1), (Reshaped, 4)])
+def test_what_is_timed_is_what_is_exported(tmp_path: Path) -> None:
+    """A graph that computes its constants anew with each pass took four times as long."""
+    network, _ = own(uneven(Inverted()))
+    program = exported_program(network.module, network.example(2))
+    graph = with_weights_of(onnx_model(program, {}, folded=False), network.module)
+    kinds = []
+    for model in (serialized(onnx_model(program, {})), serialized(optimized(graph))):
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "run.onnx")
+        onnxruntime.InferenceSession(model, options)
+        run = onnx.load(tmp_path / "run.onnx").graph.node
+        kinds.append(sorted(node.op_type for node in run if node.op_type not in FLATTENING))
+    assert kinds[0] == kinds[1]
+    assert "BatchNormalization" not in kinds[1]
+
+
+FLATTENING = ("Reshape", "Flatten")
+
+
+@pytest.mark.parametrize(
+    ("made", "graphs"), [(Inverted, 1), (Windowed, 1), (Reshaped, 4), (Counting, 4)]
+)
 def test_networks_are_timed_by_a_graph_that_fits(
     monkeypatch: pytest.MonkeyPatch, made: type[nn.Module], graphs: int
 ) -> None:
     """One graph for all widths, or one for each: the reference's, and of three networks."""
     exported: list[nn.Module] = []
 
-    def counted(module: nn.Module, images: Tensor) -> Any:
+    def counted(module: nn.Module, images: Tensor, **options: Any) -> Any:
+        program = exported_program(module, images, **options)
         exported.append(module)
-        return exported_program(module, images)
+        return program
 
     monkeypatch.setattr(stopwatches, "exported_program", counted)
     network, plan = own(uneven(made()))
@@ -182,12 +254,21 @@ def test_time_of_the_runtime_grows_with_the_network() -> None:
     assert min(stopwatch(narrow, images) for _ in range(3)) < dense
 
 
-def test_models_that_are_not_kept_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopwatches, "_MOST_BYTES", 0)
+def test_a_front_is_timed_by_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts, with room for few models: old ones make room."""
+    exported: list[nn.Module] = []
+    monkeypatch.setattr(stopwatches, "_MOST_BYTES", 10_000)
+    monkeypatch.setattr(timing, "_TOGETHER", 2)
+    monkeypatch.setattr(
+        stopwatches,
+        "exported_program",
+        lambda *given: exported.append(given[0]) or exported_program(*given),
+    )
     network, plan = own(uneven(Inverted()))
-    keep = draw_widths(plan.table, 4, 0)
-    seconds = seconds_of(network, plan, LatencyRecipe(measure="onnxruntime"), keep)
-    assert np.isfinite(seconds).all()
+    keep = draw_widths(plan.table, 5, 0)
+    shares = dict(shares_of(network, plan, LatencyRecipe(measure="onnxruntime"), keep))
+    assert list(shares) == [0, 1, 2, 3, 4]
+    assert len(exported) == 1
 
 
 def test_a_network_that_the_runtime_cannot_have_is_refused() -> None:
