@@ -53,8 +53,9 @@ _CLEARLY_ABOVE = 0.1
 _FEW_FOR_OUTPUTS = 256
 # Relative errors of foreseen latencies beyond this are told.
 _UNSURE = 0.1
-# Times as long as a network that has one more channel in each group.
-_SLOW = 1.15
+# Times as long as a network that has one more channel in each group; where it is less, freedom of
+# widths is worth more than the kernels' liking (docs/latency.md).
+_SLOW = 1.25
 # Of so many images and classes the ledger keeps what the dense network puts out.
 _SHOWN = 16
 # So many random policies show what a space can cost, where its extremes are not policies of it.
@@ -152,7 +153,7 @@ class Assembled:
         if latency.odd is not None and latency.odd > _SLOW:
             found.append(
                 f"warning: widths that are no multiples of {BLOCK} are slow here: with one channel "
-                f"less in each group, a network of such multiples takes {latency.odd:.2g} times as "
+                f"less in each group, a network of such multiples takes {latency.odd:.2f} times as "
                 f"long; set space.round_to to {BLOCK} or {2 * BLOCK}"
             )
         elif latency.error > _UNSURE:
