@@ -168,11 +168,9 @@ def _flattens(made_by: Mapping[str, Any], shape: str) -> bool:
     if joined is None or joined.op_type != "Concat" or len(joined.input) != 2:
         return False
     images, each = (made_by.get(name) for name in joined.input)
-    return (
-        images is not None
-        and images.op_type != "Constant"
-        and getattr(each, "op_type", "") == ("Constant")
-    )
+    if images is None or each is None:
+        return False
+    return bool(images.op_type != "Constant" and each.op_type == "Constant")
 
 
 def optimized(model: Any) -> Any:
