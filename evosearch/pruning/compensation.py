@@ -40,8 +40,10 @@ def fold(gram: Tensor, kept: Tensor, removed: Tensor, ridge: float) -> Tensor:
     Returns:
         `(r, k)` float64, A = G_rk (G_kk + ridge I)^-1.
     """
-    rows = gram[kept]
-    return torch.cholesky_solve(rows[:, removed], loaded_factor(rows[:, kept], ridge)).T
+    # Not by brackets, which take five times as long.
+    rows = gram.index_select(0, kept)
+    factor = loaded_factor(rows.index_select(1, kept), ridge)
+    return torch.cholesky_solve(rows.index_select(1, removed), factor).T
 
 
 def loaded_factor(block: Tensor, ridge: float) -> Tensor:
@@ -125,13 +127,15 @@ class Compensator:
         with torch.no_grad():
             for entry, kept_units in cut:
                 kept, removed = next(there), next(there)
-                rows = entry.weight if entry.out_axis is None else entry.weight[next(there)]
+                rows = entry.weight
+                if entry.out_axis is not None:
+                    rows = rows.index_select(0, next(there))
                 matrix = entry.units.gather(rows)
                 mixing = fold(entry.gram, kept, removed, self._ridge).to(matrix.dtype)
                 n_out, _, rest = matrix.shape
-                gone = matrix[:, removed].transpose(1, 2).reshape(-1, len(removed))
+                gone = matrix.index_select(1, removed).transpose(1, 2).reshape(-1, len(removed))
                 added = (gone @ mixing).reshape(n_out, rest, len(kept)).transpose(1, 2)
-                columns = matrix[:, kept] + added
+                columns = matrix.index_select(1, kept) + added
                 order = entry.units.order[kept_units]
                 entry.layer.weight.data = self._restore(columns, order, entry.layer.weight)
 

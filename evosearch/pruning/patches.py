@@ -205,12 +205,12 @@ class PatchCompensator:
     def _refit(self, consumer: _Consumer, kept: Tensor, outputs: Tensor | None) -> None:
         matrix = consumer.weight.flatten(1)
         if outputs is not None:
-            matrix = matrix[outputs]
+            matrix = matrix.index_select(0, outputs)
         covariance = consumer.covariance
-        block = covariance[kept][:, kept]
+        block = covariance.index_select(0, kept).index_select(1, kept)
         factor = loaded_factor(block.clone(), self._ridge)
         spread = matrix @ covariance
-        fitted = torch.cholesky_solve(spread[:, kept].T, factor).T
+        fitted = torch.cholesky_solve(spread.index_select(1, kept).T, factor).T
         layer, norm = consumer.layer, consumer.norm
         layer.weight.copy_(fitted.reshape(layer.weight.shape))
         shift = matrix @ consumer.mean - fitted @ consumer.mean[kept]
