@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evosearch.pruning.fusing import can_fuse, convolve
+from evosearch.pruning.watching import RELU
 from evosearch.scoring.workload import DTYPES, settled_precision
 
 # Maps of a CIFAR ResNet: width of the stream, and height and width.
@@ -80,8 +81,8 @@ def convolutions(
     }
     if can_fuse(torch.device("cpu"), dtype):
         row["fused"] = [
-            seconds(lambda: convolve(first, stream, relu=True)),
-            seconds(lambda: convolve(second, between, stream, relu=True)),
+            seconds(lambda: convolve(first, stream, None, RELU)),
+            seconds(lambda: convolve(second, between, stream, RELU)),
         ]
     return row
 

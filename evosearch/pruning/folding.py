@@ -1,4 +1,4 @@
-"""A second copy of a network, made for speed: norms folded, ReLUs and sums fused, fewer digits.
+"""A second copy of a network, made for speed: norms folded, activations fused, fewer digits.
 
 Which norm follows which layer is seen by running the network once: a norm whose input is the very
 tensor that a layer returned. That the tensor goes nowhere else is not seen but checked: a folded

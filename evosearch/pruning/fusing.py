@@ -1,4 +1,4 @@
-"""Convolutions that do the sum and the ReLU behind them while their result is still in registers.
+"""Convolutions that sum and activate while their result is still in registers.
 
 On a CPU, sums and ReLUs of wide maps cost a sixth of a residual network's forward pass, all of it
 traffic to memory. oneDNN has both as post-operations of a convolution, in torch's own builds; what
@@ -8,29 +8,30 @@ follows which convolution is seen by running the network once, and checked numer
 import functools
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evosearch.pruning.sampling import output_size, pads_with_zeros
-from evosearch.pruning.watching import Watch
+from evosearch.pruning.watching import RELU, Activation, Watch
 
 __all__ = ["Fused", "Tail", "can_fuse", "convolve", "tails_of"]
 
 _LIBRARY = torch.ops.mkldnn
 
 
-class Tail(StrEnum):
-    """What is done to a convolution's output, and to nothing else, before anybody reads it."""
+@dataclass(frozen=True)
+class Tail:
+    """What is done to a convolution's output, and to nothing else, before anybody reads it.
 
-    RELU = "relu"
-    ADD = "add"
-    ADD_RELU = "add-relu"
+    Args:
+        added: Whether it is one side of a sum.
+        activation: Of the output, or of the sum: there the library has ReLU alone.
+    """
 
-
-_SUMS = (Tail.ADD, Tail.ADD_RELU)
+    added: bool = False
+    activation: Activation | None = None
 
 
 @functools.cache
@@ -48,26 +49,30 @@ def can_fuse(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and _has_library(dtype)
 
 
-def convolve(layer: Any, x: Tensor, other: Tensor | None = None, *, relu: bool = False) -> Tensor:
+def convolve(
+    layer: Any, x: Tensor, other: Tensor | None = None, activation: Activation | None = None
+) -> Tensor:
     """What a convolution returns, with what follows it, in one pass.
 
     Args:
         layer: A convolution as in `pads_with_zeros`.
         x: Its input; device and dtype as in `can_fuse`.
         other: To add, like the output.
-        relu: Whether to rectify in the end.
+        activation: In the end; ReLU or none where there is something to add.
     """
     where = (layer.padding, layer.stride, layer.dilation, layer.groups)
     weight, bias = layer.weight, layer.bias
-    if other is None:
-        rectified: Tensor = _LIBRARY._convolution_pointwise(
-            x, weight, bias, *where, "relu" if relu else "none", [], ""
+    name = None if activation is None else activation.name
+    if other is not None:
+        summed: Tensor = _LIBRARY._convolution_pointwise.binary(
+            x, other, weight, bias, *where, "add", 1.0, name, [], ""
         )
-        return rectified
-    summed: Tensor = _LIBRARY._convolution_pointwise.binary(
-        x, other, weight, bias, *where, "add", 1.0, "relu" if relu else None, [], ""
+        return summed
+    numbers, form = ([], "") if activation is None else (list(activation.numbers), activation.form)
+    activated: Tensor = _LIBRARY._convolution_pointwise(
+        x, weight, bias, *where, name or "none", numbers, form
     )
-    return summed
+    return activated
 
 
 def _has_one_layout(maps: Tensor) -> bool:
@@ -134,11 +139,11 @@ class Fused:
     ) -> None:
         self._prepare = prepare
         self._pending: dict[int, tuple[_Visited, Tensor, Tensor]] = {}
-        self._rectified: dict[int, Tensor] = {}
+        self._activated: dict[int, Tensor] = {}
         for name in dict.fromkeys((*tails, *prepared)):
             layer: Any = module.get_submodule(name)
             tail = tails.get(name)
-            waits = tail in _SUMS if waiting is None else name in waiting
+            waits = (tail is not None and tail.added) if waiting is None else name in waiting
             visited = _Visited(name, layer, layer.forward, tail, waits)
             layer.forward = functools.partial(self._visit, visited)
         self._inner = module.forward
@@ -151,8 +156,8 @@ class Fused:
 
     def _whole(self, *args: Any, **kwargs: Any) -> Any:
         self._pending.clear()
-        self._rectified.clear()
-        with Watch(added=self._added, rectified=self._relu):
+        self._activated.clear()
+        with Watch(added=self._added, activated=self._activation):
             return self._inner(*args, **kwargs)
 
     def _visit(self, visited: _Visited, x: Tensor) -> Tensor:
@@ -165,12 +170,12 @@ class Fused:
             output = self._prepare(visited.name, x, None) if self._prepare else None
             if output is not None:
                 return output
-            if visited.tail != Tail.RELU:
+            if visited.tail is None or visited.tail.added:
                 return visited.plain(x)
-            return self._noted(convolve(visited.layer, x, relu=True))
+            return self._noted(convolve(visited.layer, x, None, visited.tail.activation))
 
     def _noted(self, output: Tensor) -> Tensor:
-        self._rectified[id(output)] = output
+        self._activated[id(output)] = output
         return output
 
     def _added(self, func: Any, left: Tensor, right: Tensor) -> Tensor | None:
@@ -182,16 +187,18 @@ class Fused:
 
     def _sum(self, func: Any, visited: _Visited, x: Tensor, other: Tensor) -> Tensor:
         output = self._prepare(visited.name, x, other) if self._prepare else None
-        if output is None and visited.tail in _SUMS and _has_one_layout(other):
-            rectifies = visited.tail == Tail.ADD_RELU
-            added = convolve(visited.layer, x, other, relu=rectifies)
-            return self._noted(added) if rectifies else added
+        tail = visited.tail
+        if output is None and tail is not None and tail.added and _has_one_layout(other):
+            added = convolve(visited.layer, x, other, tail.activation)
+            return added if tail.activation is None else self._noted(added)
         result: Tensor = func(visited.plain(x) if output is None else output, other)
         return result
 
-    def _relu(self, _call: Callable[[], Tensor], tensor: Tensor) -> Tensor | None:
+    def _activation(
+        self, _activation: Activation, _call: Callable[[], Tensor], tensor: Tensor
+    ) -> Tensor | None:
         # Let go of at once: maps that are kept push others out of the cache.
-        return self._rectified.pop(id(tensor), None)
+        return self._activated.pop(id(tensor), None)
 
 
 @dataclass(eq=False)
@@ -234,7 +241,7 @@ class _Recorder:
             self.read(output)
 
     def read(self, tensor: Tensor) -> None:
-        """Something else than a sum or a ReLU reads a tensor."""
+        """Something else than a sum or an activation reads a tensor."""
         for chain in self._chains:
             if chain.current is tensor:
                 chain.open = False
@@ -261,17 +268,20 @@ class _Recorder:
         chain = chains[0]
         self.read(right if chain.current is left else left)
         result: Tensor = func(left, right)
-        chain.follow(Tail.ADD, result)
+        chain.follow(Tail(added=True), result)
         return result
 
-    def rectified(self, call: Callable[[], Tensor], tensor: Tensor) -> Tensor | None:
-        """A ReLU ends a chain."""
-        chain = self._open(tensor, (None, Tail.ADD))
+    def activated(
+        self, activation: Activation, call: Callable[[], Tensor], tensor: Tensor
+    ) -> Tensor | None:
+        """An activation ends a chain."""
+        tails = (None, Tail(added=True)) if activation == RELU else (None,)
+        chain = self._open(tensor, tails)
         if chain is None:
             self.read(tensor)
             return None
         result = call()
-        chain.follow(Tail.RELU if chain.tail is None else Tail.ADD_RELU, result)
+        chain.follow(Tail(chain.tail is not None, activation), result)
         chain.open = False
         return result
 
@@ -301,7 +311,7 @@ def tails_of(module: nn.Module, example: Tensor, watched: Container[str] = ()) -
         if pads_with_zeros(layer) or name in watched
     ]
     try:
-        with Watch(added=recorder.added, rectified=recorder.rectified, read=recorder.read):
+        with Watch(added=recorder.added, activated=recorder.activated, read=recorder.read):
             module(example)
     finally:
         for handle in handles:

@@ -122,7 +122,6 @@ class Reconstructor:
         cuts = {entry.name: entry for entry in plan.cuts}
         layers = dict(self._fast.module.named_modules())
         device = next(dense.parameters()).device
-        tails = dict(layout.tails) if can_fuse(device, dtype) else {}
         self._kept: list[Tensor | None] = []
         self._solved: list[_Fitted | _Scaled] = []
         self._fits: dict[str, _Fit] = {}
@@ -163,7 +162,7 @@ class Reconstructor:
 
     def _wanted(self, fit: _Fit) -> Tensor:
         kept = None if fit.out_axis is None else self._kept[fit.out_axis]
-        return fit.values if kept is None else fit.values[:, kept]
+        return fit.values if kept is None else fit.values.index_select(1, kept)
 
     def _solve(self, fit: _Fit, x: Tensor, wanted: Tensor) -> None:
         """Least squares for weight and bias, loaded towards the weight there is."""

@@ -1,5 +1,7 @@
-"""Sums and ReLUs that convolutions do on the way: found where they are, and nowhere else."""
+"""Sums and activations that convolutions do on the way: found where they are, nowhere else."""
 
+import copy
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +18,17 @@ from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.folding import FastCopy, layout_of
 from evosearch.pruning.fusing import Fused, Tail, can_fuse, tails_of
 from evosearch.pruning.groups import trace
+from evosearch.pruning.watching import RELU, Activation
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
     not can_fuse(CPU, torch.float32), reason="this torch was built without oneDNN"
 )
+
+
+ON_RELU, ON_ADD = Tail(activation=RELU), Tail(added=True)
+ON_ADD_RELU = Tail(added=True, activation=RELU)
+ON_RELU6 = Tail(activation=Activation("hardtanh", (0.0, 6.0)))
 
 
 class Toy(nn.Module):
@@ -77,19 +85,30 @@ def both_sides(net: Toy, x: Tensor) -> Tensor:
     return F.relu(net.second(torch.tanh(net.first(x))) + net.first(x))
 
 
-def other_activation(net: Toy, x: Tensor) -> Tensor:
-    return F.silu(net.second(F.relu6(net.first(x))))
+def other_activations(net: Toy, x: Tensor) -> Tensor:
+    return F.silu(net.second(F.relu6(net.first(x))), inplace=True)
+
+
+def unknown_activations(net: Toy, x: Tensor) -> Tensor:
+    return F.elu(net.second(torch.sin(net.first(x))))
+
+
+def activated_sum(net: Toy, x: Tensor) -> Tensor:
+    x = F.hardswish(net.first(x))
+    return F.relu6(net.second(x) + x)  # the library has ReLU alone for sums
 
 
 TOYS = {
-    plain_residual: {"first": Tail.RELU, "second": Tail.ADD_RELU},
-    in_place_sum: {"first": Tail.RELU, "second": Tail.ADD_RELU},
-    sum_alone: {"first": Tail.RELU, "second": Tail.ADD},
+    plain_residual: {"first": ON_RELU, "second": ON_ADD_RELU},
+    in_place_sum: {"first": ON_RELU, "second": ON_ADD_RELU},
+    sum_alone: {"first": ON_RELU, "second": ON_ADD},
     read_twice: {},
-    sum_read_twice: {"first": Tail.RELU},
-    run_twice: {"first": Tail.RELU},
-    both_sides: {"second": Tail.ADD_RELU},
-    other_activation: {},
+    sum_read_twice: {"first": ON_RELU},
+    run_twice: {"first": ON_RELU},
+    both_sides: {"second": ON_ADD_RELU},
+    other_activations: {"first": ON_RELU6, "second": Tail(activation=Activation("swish"))},
+    unknown_activations: {},
+    activated_sum: {"first": Tail(activation=Activation("hardswish")), "second": ON_ADD},
 }
 
 
@@ -119,6 +138,41 @@ def test_fused_toy_computes_the_same(forward: Callable[[Toy, Tensor], Tensor]) -
     assert torch.equal(found, again)
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ReLU": nn.ReLU(inplace=True),
+    "torch.relu": torch.relu,
+    "relu_": Tensor.relu_,
+    "ReLU6": nn.ReLU6(inplace=True),
+    "Hardtanh": nn.Hardtanh(-0.5, 0.25),
+    "hardtanh, one bound": functools.partial(F.hardtanh, min_val=-0.25),
+    "LeakyReLU": nn.LeakyReLU(0.2),
+    "leaky_relu, by position": lambda x: F.leaky_relu(x, 0.3, True),
+    "SiLU": nn.SiLU(inplace=True),
+    "Hardswish": nn.Hardswish(),
+    "GELU": nn.GELU(),
+    "GELU, tanh": nn.GELU("tanh"),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_convolutions_activate_as_torch_does(
+    activation: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    if not can_fuse(CPU, dtype):
+        pytest.skip("no bfloat16 here")
+    network = toy(lambda net, x: activation(net.second(x.repeat(1, 2, 1, 1)[:, :4])))
+    module, images = network.module, network.example(4) * 3
+    tails = tails_of(module, images)
+    assert list(tails) == ["second"]
+    plain, fused = (copy.deepcopy(module).to(dtype) for _ in range(2))
+    Fused(fused, tails)
+    with torch.inference_mode():
+        wanted, found = plain(images.to(dtype)), fused(images.to(dtype))
+    near = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found, wanted, rtol=near, atol=near)
+
+
 def in_place_without_a_name(net: Toy, x: Tensor) -> Tensor:
     x = net.act(net.first(x))
     y = net.second(x)
@@ -144,7 +198,7 @@ def test_nothing_is_fused_across_what_is_watched() -> None:
         return F.relu(net.between(net.first(x)))
 
     network = toy(forward)
-    assert dict(layout_of(network).tails) == {"first": Tail.RELU}
+    assert dict(layout_of(network).tails) == {"first": ON_RELU}
     assert layout_of(network, watched=("between",)).tails == ()
     assert layout_of(network, watched=("first",)).tails == ()
 
@@ -154,7 +208,7 @@ def test_sum_behind_a_grouped_convolution_is_left_to_torch() -> None:
     network = toy(plain_residual)
     network.module.second = nn.Conv2d(4, 4, 3, padding=1, groups=2)
     layout = layout_of(network)
-    assert dict(layout.tails) == {"first": Tail.RELU}
+    assert dict(layout.tails) == {"first": ON_RELU}
     for dtype in (torch.float32, torch.bfloat16):
         fast = FastCopy(network.module, layout, dtype)
         fast.update(network.module)
@@ -181,7 +235,7 @@ def test_what_is_cut_to_one_channel_or_place_computes_the_same(dtype: torch.dtyp
     if not can_fuse(CPU, dtype):
         pytest.skip("no bfloat16 here")
     torch.manual_seed(0)
-    tails = {"first": Tail.RELU, "second": Tail.ADD_RELU}
+    tails = {"first": ON_RELU, "second": ON_ADD_RELU}
     shapes = itertools.product((1, 2), (1, 3, 16), (1, 3, 16), (1, 3), [(1, 1), (1, 3), (4, 4)])
     for n, stream, inner, kernel, size in shapes:
         module = Narrow(stream, inner, kernel).to(dtype, memory_format=torch.channels_last)
@@ -195,10 +249,10 @@ def test_what_is_cut_to_one_channel_or_place_computes_the_same(dtype: torch.dtyp
 @pytest.mark.parametrize(
     ("name", "fused"),
     [
-        ("resnet20", {Tail.RELU: 10, Tail.ADD_RELU: 9}),
-        ("vgg16-cifar", {Tail.RELU: 13}),
-        ("torchvision:resnet18", {Tail.RELU: 9, Tail.ADD_RELU: 8}),
-        ("torchvision:mobilenet_v2", {Tail.ADD: 10}),
+        ("resnet20", {ON_RELU: 10, ON_ADD_RELU: 9}),
+        ("vgg16-cifar", {ON_RELU: 13}),
+        ("torchvision:resnet18", {ON_RELU: 9, ON_ADD_RELU: 8}),
+        ("torchvision:mobilenet_v2", {ON_RELU6: 35, ON_ADD: 10}),
     ],
 )
 def test_cut_networks_compute_the_same(name: str, fused: dict[Tail, int]) -> None:
