@@ -1,20 +1,21 @@
 """How long a cut network takes, foreseen from its widths.
 
 MACs say little about time: a ResNet-20 with a fifth of its MACs still takes half of the time, as
-what a layer costs besides its products does not shrink, and kernels work on widths in eights. So
-some networks of all widths are timed once, and a sum of terms is fitted to their times, none of
-them negative: for layers of a kind (positions, kernel, grouped or not) their MACs, their MACs
-with widths rounded up to eights, and the maps they write and read. Hence no width ever costs less
-than a smaller one, and a policy's latency is known before anything is built, as its MACs are.
+what a layer costs besides its products does not shrink, and kernels work on widths in eights or
+sixteens. So some networks of all widths are timed once, and a sum of terms is fitted to their
+times, none of them negative: for layers of a kind (positions, kernel, grouped or not) their MACs,
+their MACs with widths rounded up to eights and to sixteens, and the maps they write and read. Hence
+no width ever costs less than a smaller one, and a policy's latency is known before anything is
+built, as its MACs are.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evosearch.checks import check_shape
 
@@ -23,9 +24,11 @@ __all__ = ["BLOCK", "AxisWidth", "LatencyModel", "LayerShape", "fit_latency"]
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Index = Annotated[int, Field(ge=0)]
+Block = Literal[1, 8, 16]
 
 BLOCK = 8
 """Channels that vector units take at once, or half of that."""
+_BLOCKS: tuple[Block, ...] = (1, 8, 16)
 _FOLDS = 5
 # What hangs on a share must not hang on the last bits of sums, which differ between machines.
 _DIGITS = 9
@@ -59,13 +62,22 @@ class LayerShape(_Part):
 
 
 class Term(_Part):
-    """`seconds * width of one * width of another`; a width of None is 1."""
+    """`seconds * width of one * width of another`, in channels; a width of None is 1."""
 
     seconds: Annotated[float, Field(ge=0)]
     one: Index | None
     other: Index | None
-    rounded: bool = False
-    """Whether widths are rounded up to eights."""
+    block: Block = 1
+    """Widths are rounded up to multiples of this."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier(cls, given: Any) -> Any:
+        """Runs of before there were sixteens said whether widths were rounded up to eights."""
+        if isinstance(given, dict) and "rounded" in given:
+            kept = {key: value for key, value in given.items() if key != "rounded"}
+            return kept | {"block": BLOCK if given["rounded"] else 1}
+        return given
 
 
 class _Widths:
@@ -84,13 +96,13 @@ class _Widths:
         self._fixed = np.array([axis.fixed for axis in axes], dtype=np.float64)
         self._cut = np.array([bool(axis.per_kept) for axis in axes])
 
-    def of(self, keep: IntArray) -> tuple[FloatArray, FloatArray]:
-        """`(n, n_axes)` of `(n, n_groups)` kept channels: plain, and rounded up to eights.
+    def of(self, keep: IntArray) -> dict[int, FloatArray]:
+        """`(n, n_axes)` of `(n, n_groups)` kept channels, rounded up to each of the blocks.
 
         Widths that nothing cuts, such as an image's, stay as they are.
         """
         plain = keep.astype(np.float64) @ self._slope + self._fixed
-        return plain, np.where(self._cut, np.ceil(plain / BLOCK) * BLOCK, plain)
+        return {b: np.where(self._cut, np.ceil(plain / b) * b, plain) for b in _BLOCKS}
 
 
 class LatencyModel(_Part):
@@ -143,13 +155,13 @@ class LatencyModel(_Part):
 
     @cached_property
     def _columns(self) -> tuple[IntArray, IntArray, FloatArray]:
-        """Per term two columns of widths (plain, rounded, and a last one of ones), and seconds."""
-        n, last = len(self.axes), 2 * len(self.axes)
+        """Per term two columns of widths (by block, and a last one of ones), and seconds."""
+        n, last = len(self.axes), len(_BLOCKS) * len(self.axes)
 
-        def column(axis: int | None, rounded: bool) -> int:
-            return last if axis is None else axis + n * rounded
+        def column(axis: int | None, block: int) -> int:
+            return last if axis is None else axis + n * _BLOCKS.index(block)
 
-        pairs = [(column(t.one, t.rounded), column(t.other, t.rounded)) for t in self.terms]
+        pairs = [(column(t.one, t.block), column(t.other, t.block)) for t in self.terms]
         ones, others = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
         return ones, others, np.array([term.seconds for term in self.terms])
 
@@ -157,8 +169,7 @@ class LatencyModel(_Part):
         """`(n,)` seconds of `(n, n_groups)` kept channels."""
         keep = np.asarray(keep, dtype=np.int64)
         check_shape(keep, "keep", ("n", len(self.channels)))
-        plain, rounded = self._widths.of(keep)
-        every = np.concatenate([plain, rounded, np.ones((len(keep), 1))], axis=1)
+        every = np.concatenate([*self._widths.of(keep).values(), np.ones((len(keep), 1))], axis=1)
         ones, others, seconds = self._columns
         return np.asarray(self.constant + (every[:, ones] * every[:, others]) @ seconds)
 
@@ -180,12 +191,11 @@ class _Columns:
 
     def values(self, keep: IntArray) -> FloatArray:
         """`(n, 1 + n_columns)`, the first of ones."""
-        widths, rounded = _Widths(self._axes, keep.shape[1]).of(keep)
+        widths = _Widths(self._axes, keep.shape[1]).of(keep)
         found = np.ones((len(keep), 1 + len(self.terms)))
         for column, terms in enumerate(self.terms, 1):
             found[:, column] = sum(
-                term.seconds
-                * np.prod([(rounded if term.rounded else widths)[:, axis] for axis in axes], axis=0)
+                term.seconds * np.prod([widths[term.block][:, axis] for axis in axes], axis=0)
                 for term in terms
                 if (axes := [axis for axis in (term.one, term.other) if axis is not None])
             )
@@ -194,10 +204,8 @@ class _Columns:
 
 def _terms(layers: Sequence[LayerShape]) -> Iterator[Iterable[Term]]:
     """Columns for layers of one kind; their `seconds` are factors until they are fitted."""
-    for rounded in (False, True):
-        yield (
-            Term(seconds=r.macs, one=r.in_axis, other=r.out_axis, rounded=rounded) for r in layers
-        )
+    for block in _BLOCKS:
+        yield (Term(seconds=r.macs, one=r.in_axis, other=r.out_axis, block=block) for r in layers)
     yield (Term(seconds=r.positions, one=None, other=r.out_axis) for r in layers)
     if layers[0].in_axis is not None:
         yield (Term(seconds=r.positions, one=r.in_axis, other=None) for r in layers)
@@ -227,7 +235,7 @@ def fit_latency(
             seconds=float(factor) * term.seconds,
             one=term.one,
             other=term.other,
-            rounded=term.rounded,
+            block=term.block,
         )
         for factor, same in zip(factors[1:], columns.terms, strict=True)
         for term in (same if factor > 0 else ())

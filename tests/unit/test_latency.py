@@ -76,16 +76,32 @@ def test_time_that_no_width_changes_is_a_constant() -> None:
     assert model.constant == pytest.approx(0.25)
 
 
-def test_steps_of_eight_channels_are_seen() -> None:
-    table = chain_table([64, 64])
+@pytest.mark.parametrize("block", [8, 16])
+def test_steps_of_channels_are_seen(block: int) -> None:
+    table = chain_table([128, 128])
     keep = random_widths(table, 120)
-    up = -(-keep // 8) * 8
+    up = -(-keep // block) * block
     seconds = 1e-3 + 1e-9 * table.costs(up)[0]
     model = refitted(table, keep, seconds)
     assert model.error < 0.01
-    inner = np.array([[17, 33], [24, 40], [25, 41]])
-    first, same, more = model.shares(inner)
+    inner = np.array([[3, 5], [4, 6]]) * block
+    lowest, first, same, more = model.shares(np.stack([inner[0], *(inner[1] - [[7], [0], [-1]])]))
+    assert lowest < first
     assert same - first < 0.2 * (more - same)
+
+
+def test_a_model_of_before_there_were_sixteens_means_the_same() -> None:
+    table = timed(chain_table([24, 40]))
+    model = model_of(table)
+    plain = model.model_copy(update={"terms": tuple(t for t in model.terms if t.block < 16)})
+    earlier = plain.model_dump()
+    for term in earlier["terms"]:
+        term["rounded"] = term.pop("block") == 8
+    keep = random_widths(table)
+    assert (
+        LatencyModel.model_validate(earlier).shares(keep).tobytes() == plain.shares(keep).tobytes()
+    )
+    assert any(term["rounded"] for term in earlier["terms"])
 
 
 @settings(max_examples=60, deadline=None)
