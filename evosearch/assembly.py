@@ -22,7 +22,7 @@ from evosearch.data import (
     Images,
 )
 from evosearch.errors import BudgetUnreachable, ConfigError
-from evosearch.latency import BLOCK, LatencyModel
+from evosearch.latency import BLOCK, LatencyModel, minds_odd_widths
 from evosearch.materials import ImageSets, network_and_images
 from evosearch.policy import Policy
 from evosearch.pruning.blending import cluster_groups
@@ -53,9 +53,6 @@ _CLEARLY_ABOVE = 0.1
 _FEW_FOR_OUTPUTS = 256
 # Relative errors of foreseen latencies beyond this are told.
 _UNSURE = 0.1
-# Times as long as a network that has one more channel in each group; where it is less, freedom of
-# widths is worth more than the kernels' liking (docs/latency.md).
-_SLOW = 1.25
 # Of so many images and classes the ledger keeps what the dense network puts out.
 _SHOWN = 16
 # So many random policies show what a space can cost, where its extremes are not policies of it.
@@ -150,13 +147,18 @@ class Assembled:
         latency, found = self.workload.plan.table.latency, []
         if latency is None:
             return []
-        if latency.odd is not None and latency.odd > _SLOW:
-            found.append(
-                f"warning: widths that are no multiples of {BLOCK} are slow here: with one channel "
-                f"less in each group, a network of such multiples takes {latency.odd:.2f} times as "
-                f"long; set space.round_to to {BLOCK} or {2 * BLOCK}"
+        rounded = rounding(self.recipe.space) % BLOCK == 0
+        if minds_odd_widths(latency.odd):
+            told = (
+                f"with one channel less in each group, a network of multiples of {BLOCK} takes "
+                f"{latency.odd:.2f} times as long here"
             )
-        elif latency.error > _UNSURE:
+            found.append(
+                f"widths are kept to multiples of {BLOCK} (space.round_to): {told}"
+                if rounded
+                else f"warning: {told}; set space.round_to to {BLOCK}"
+            )
+        if latency.error > _UNSURE and (rounded or not minds_odd_widths(latency.odd)):
             found.append(
                 f"warning: latency is foreseen within {latency.error:.0%} only; if the machine was "
                 "busy while passes were timed, launch again when it is not"
@@ -235,14 +237,12 @@ def assemble(
         wish = replace(wish, names=named)
     facts = None if wish is None else _unclustered(wish, plan, recipe.proxy.criterion)
     if latency is None and wants_latency(recipe, goals):
-        # A wrong word is told now, not after half a minute of timing; an unreachable budget then.
-        try:
-            table = _knowing(plan, stand_in(plan.table)).table
-            _checked_space(recipe, goals, table, options, facts)
-        except BudgetUnreachable as exc:
-            if "latency" not in str(exc):
-                raise
-        latency = time_passes(network, plan, recipe.latency, rounding(recipe.space))
+        _check_untimed(recipe, goals, plan, options, facts)
+        free = _leaves_rounding_open(recipe, goals, plan, options, facts)
+        latency = time_passes(network, plan, recipe.latency, None if free else rounding(options))
+        if free and minds_odd_widths(latency.odd):
+            options["round_to"] = BLOCK
+            recipe = recipe.model_copy(update={"space": {**recipe.space, "round_to": BLOCK}})
     plan = _knowing(plan, latency)
     space = _checked_space(recipe, goals, plan.table, options, facts)
     recipe = _settled(recipe, image_sets, space, network.input.shape)
@@ -276,6 +276,39 @@ def assemble(
         check=image_sets.check,
         criteria=facts,
     )
+
+
+def _check_untimed(
+    recipe: Recipe,
+    goals: Goals,
+    plan: CuttingPlan,
+    options: Mapping[str, Any],
+    facts: CriteriaFacts | None,
+) -> None:
+    """Refuses a wrong word now, not after half a minute of timing; an unreachable budget then."""
+    try:
+        table = _knowing(plan, stand_in(plan.table)).table
+        _checked_space(recipe, goals, table, options, facts)
+    except BudgetUnreachable as exc:
+        if "latency" not in str(exc):
+            raise
+
+
+def _leaves_rounding_open(
+    recipe: Recipe,
+    goals: Goals,
+    plan: CuttingPlan,
+    options: Mapping[str, Any],
+    facts: CriteriaFacts | None,
+) -> bool:
+    """Whether a recipe does not say of what widths are multiples, and its space would take it."""
+    if "round_to" in options:
+        return False
+    try:
+        _check_untimed(recipe, goals, plan, {**options, "round_to": BLOCK}, facts)
+    except ConfigError:
+        return False
+    return True
 
 
 def _knowing(plan: CuttingPlan, latency: LatencyModel | None) -> CuttingPlan:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evosearch.checks import check_shape
 
-__all__ = ["BLOCK", "AxisWidth", "LatencyModel", "LayerShape", "fit_latency"]
+__all__ = ["BLOCK", "AxisWidth", "LatencyModel", "LayerShape", "fit_latency", "minds_odd_widths"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -29,9 +29,21 @@ Block = Literal[1, 8, 16]
 BLOCK = 8
 """Channels that vector units take at once, or half of that."""
 _BLOCKS: tuple[Block, ...] = (1, 8, 16)
+# Times as long as a network that has one more channel in each group; where it is less, freedom of
+# widths is worth more than the kernels' liking (docs/latency.md).
+_SLOW = 1.25
 _FOLDS = 5
 # What hangs on a share must not hang on the last bits of sums, which differ between machines.
 _DIGITS = 9
+
+
+def minds_odd_widths(odd: float | None) -> bool:
+    """Whether widths had better be multiples of `BLOCK`.
+
+    Args:
+        odd: See `LatencyModel`.
+    """
+    return odd is not None and odd > _SLOW
 
 
 class _Part(BaseModel):

@@ -54,7 +54,7 @@ class CriterionBlendOptions(Table):
     grouping: Literal["layer", "stage", "network"] = "layer"
     """Whose searched sparsity it is: each group's, a stage's or that of all."""
     round_to: Annotated[int, Field(ge=1)] = 1
-    """Kept channels are multiples of this (or all channels of the group)."""
+    """Kept channels are multiples of this (or all channels of the group); as in layer-sparsity."""
     project_onto: ProjectOnto | None = None
     """Scale every policy so that it spends this budget: one of macs, params, latency; needs bounds
     of the sparsity."""

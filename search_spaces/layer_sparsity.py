@@ -62,7 +62,8 @@ class LayerSparsityOptions(Table):
     round_to: Annotated[int, Field(ge=1)] = 1
     """Kept channels are multiples of this (or all channels of the group).
 
-    Of grouped convolutions whole groups go, so that they are multiples of their channels, too.
+    If it is left out and a latency is searched, launch sets 8 where other widths are slow. Of
+    grouped convolutions whole groups go, so that they are multiples of their channels, too.
     """
     grouping: Literal["layer", "stage"] = "layer"
     """A gene per group, or one for all groups of a stage (same resolution)."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evosearch.errors import ConfigError
-from evosearch.latency import BLOCK, LatencyModel, fit_latency
+from evosearch.latency import BLOCK, LatencyModel, fit_latency, minds_odd_widths
 from evosearch.networks import Network
 from evosearch.pruning.cutting import Cutter, CuttingPlan
 from evosearch.pruning.table import GroupTable
@@ -29,6 +29,8 @@ IntArray = NDArray[np.int64]
 _POLICIES, _LEAST = 64, 16
 # Policies are timed in turns, until so much time is spent.
 _SECONDS, _LEAST_TURNS, _MOST_TURNS = 30.0, 2, 5
+# For the two that tell whether odd widths are slow.
+_SECONDS_FOR_ODD = 2.0
 # So many of those that a search chose; between, it can be stopped.
 _TOGETHER = 8
 
@@ -54,7 +56,7 @@ def _clock(network: Network, recipe: LatencyRecipe) -> _Clock:
 
 
 def time_passes(
-    network: Network, plan: CuttingPlan, recipe: LatencyRecipe, round_to: int = 1
+    network: Network, plan: CuttingPlan, recipe: LatencyRecipe, round_to: int | None = 1
 ) -> LatencyModel:
     """Times networks of random widths, some seconds altogether, and fits a model to them.
 
@@ -64,15 +66,21 @@ def time_passes(
         network: Dense.
         plan: How it is cut.
         recipe: What a pass is.
-        round_to: Widths are multiples of this.
+        round_to: Widths are multiples of this; None leaves that open: then of `BLOCK`, where
+            others turn out to be slow.
 
     Raises:
         ConfigError: There is no such stopwatch, or it does not return seconds.
     """
+    clock = _clock(network, recipe)
+    odd = None
+    if round_to is None or round_to % BLOCK:
+        even, less = _in_turns(network, plan, clock, even_and_odd(plan.table), _SECONDS_FOR_ODD)
+        odd = float(less / even) if math.isfinite(less) and math.isfinite(even) else None
+    if round_to is None:
+        round_to = BLOCK if minds_odd_widths(odd) else 1
     keep = draw_widths(plan.table, _POLICIES, 0, round_to)
-    odd = even_and_odd(plan.table) if round_to % BLOCK else keep[:0]
-    seconds = seconds_of(network, plan, recipe, np.concatenate([keep, odd]))
-    seconds, beside = seconds[: len(keep)], seconds[len(keep) :]
+    seconds = _in_turns(network, plan, clock, keep, _SECONDS)
     timed = np.isfinite(seconds)
     if not timed[0] or timed.sum() < _LEAST:
         raise ConfigError(
@@ -82,9 +90,7 @@ def time_passes(
     axes, layers = plan.table.shapes()
     channels = plan.table.channels.tolist()
     model = fit_latency(axes, layers, channels, keep[timed], seconds[timed])
-    if len(beside) and np.isfinite(beside).all():
-        model = model.model_copy(update={"odd": float(beside[1] / beside[0])})
-    return model
+    return model.model_copy(update={"odd": odd})
 
 
 def even_and_odd(table: GroupTable) -> IntArray:

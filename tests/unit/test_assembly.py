@@ -266,10 +266,32 @@ def liking_eights(module: nn.Module, images: torch.Tensor) -> float:
     return seconds_by_weights(module, images) * (1 + module.conv.out_channels % 8)
 
 
-def test_widths_that_are_slow_are_told() -> None:
-    (said,) = (text for text in assemble(timed("liking_eights")).doubts() if "widths" in text)
-    assert said.startswith("warning: widths that are no multiples of 8 are slow here: with one")
-    assert said.endswith("times as long; set space.round_to to 8 or 16")
+@pytest.mark.parametrize("given", [{}, {"round_to": 1}, {"round_to": 8}])
+def test_widths_suit_the_clock_where_the_recipe_leaves_them_open(given: dict[str, int]) -> None:
+    recipe = timed("liking_eights")
+    made = assemble(recipe.model_copy(update={"space": {**recipe.space, **given}}))
+    said = [text for text in made.doubts() if "multiples of 8" in text]
+    assert made.recipe.space["round_to"] == given.get("round_to", 8)
+    keep = made.space.decode(np.random.default_rng(0).random((20, made.space.n_genes)))
+    kept_to = all(width % 8 == 0 for policy in keep for width in policy.keep)
+    assert kept_to == (made.recipe.space["round_to"] == 8)
+    if given == {}:
+        assert said[0].startswith("widths are kept to multiples of 8 (space.round_to): with one")
+        assert made.workload.plan.table.latency is not None
+        assert made.workload.plan.table.latency.error < 0.05
+    elif given == {"round_to": 1}:
+        assert said[0].startswith("warning: with one channel less in each group, a network of")
+        assert said[0].endswith("times as long here; set space.round_to to 8")
+    else:
+        assert said == []
+
+
+def test_widths_stay_free_where_the_clock_does_not_mind_or_a_space_cannot_round() -> None:
+    assert "round_to" not in assemble(timed("seconds_by_weights")).recipe.space
+    recipe = timed("liking_eights")
+    narrow = recipe.model_copy(update={"space": {**recipe.space, "sparsity": [0.55, 0.7]}})
+    made = assemble(narrow)  # in eights there would be a single width
+    assert "round_to" not in made.recipe.space
 
 
 recipe_text = "no function"
