@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import evosearch
-from tests.integration.conftest import Cli
+from tests.integration.conftest import TINY, Cli
 
 COMMANDS = [
     *("launch", "resume", "status", "export", "profile", "criteria", "fidelity", "train"),
@@ -252,6 +252,26 @@ def test_profile_predicts_before_anything_is_searched(cli: Cli, recipe: Callable
     assert "classifier" in said
     assert "it is the network's output" in said
     assert "prediction  44 measurements with 2 workers" in said
+
+
+def test_widths_that_suit_the_clock_are_settled_and_written_down(
+    cli: Cli, recipe: Callable[..., str]
+) -> None:
+    (cli.folder / "tiny.py").write_bytes(TINY.read_bytes())
+    name = recipe(more='[latency]\nmeasure = "tiny.py:weigh_by_eights"\n')
+    goals = ("--set", 'search.objectives=["divergence", "latency"]', "--evaluations")
+    said = cli.here("launch", name, "--out", "run", *goals, "3").stderr
+    assert "widths are kept to multiples of 8 (space.round_to): with one channel less" in said
+    assert "round_to = 8" in (cli.folder / "run" / "recipe.toml").read_text()
+    cli.here("resume", "run", "--evaluations", "5")
+    cli.here("export", "run", "all.csv", "--all")
+    table = pd.read_csv(cli.folder / "all.csv")
+    kept = table[[column for column in table if column.startswith("keep:")]]
+    assert len(table) >= 5
+    assert (kept % 8 == 0).all(axis=None)
+    free = cli.here("launch", name, "--out", "free", "--set", "space.round_to=1", *goals, "3")
+    assert "times as long here; set space.round_to to 8" in free.stderr
+    assert "round_to = 1" in (cli.folder / "free" / "recipe.toml").read_text()
 
 
 def test_a_run_can_start_from_another_one(cli: Cli, recipe: Callable[..., str], run: Path) -> None:

@@ -40,6 +40,12 @@ def weigh_and_trip(module: nn.Module, images: Tensor) -> float:
     return weigh(module, images) * (1.5 if odd else 1.0)
 
 
+def weigh_by_eights(module: nn.Module, images: Tensor) -> float:
+    """As `weigh`, but layers whose widths are no multiples of 8 make it twice as much."""
+    odd = any(isinstance(c, nn.Conv2d) and c.out_channels % 8 for c in module.modules())
+    return weigh(module, images) * (2.0 if odd else 1.0)
+
+
 class _Trap(Tiny):
     """Springs when the first layer has become narrower than the half that tracing tries."""
 
