@@ -197,6 +197,9 @@ def export(
         int | None, typer.Option(min=0, help="The population after this generation")
     ] = None,
     policy: Annotated[str | None, typer.Option(help="First digits of the network to write")] = None,
+    kind: Annotated[
+        str | None, typer.Option("--as", help="onnx or pt2: what a folder gets [safetensors]")
+    ] = None,
     calibration: Annotated[
         int | None,
         typer.Option(min=1, help="Training images to prepare networks with [as in the search]"),
@@ -212,22 +215,12 @@ def export(
 
     Example: evosearch export runs/quickstart front.csv
     """
-    from evosearch.exporting import export_file
+    from evosearch.exporting import Choice, export_file
     from evosearch.results.preparation import Preparation
 
-    chosen = [
-        name
-        for name, given in (
-            ("--all", everything),
-            ("--generation", generation is not None),
-            ("--policy", policy is not None),
-        )
-        if given
-    ]
-    if len(chosen) > 1:
-        raise ConfigError(f"{' and '.join(chosen)} exclude each other")
+    choice = Choice(everything=everything, generation=generation, policy=policy, kind=kind)
     preparation = Preparation(calibration=calibration, settings=_changes(settings))
-    said = export_file(run, file, everything, generation, policy, preparation, typer.echo)
+    said = export_file(run, file, choice, preparation, typer.echo)
     typer.echo(said)
 
 

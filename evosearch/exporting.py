@@ -1,6 +1,7 @@
 """The work behind `evosearch export`: which table, picture or network goes into which file."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from evosearch.errors import ConfigError
@@ -16,7 +17,7 @@ from evosearch.results.export import (
 from evosearch.results.front import Results, read_results
 from evosearch.results.preparation import AS_SEARCHED, Preparation
 
-__all__ = ["SUFFIXES", "export_file"]
+__all__ = ["FRONT", "SUFFIXES", "Choice", "export_file"]
 
 # Networks to run without evosearch; as in evosearch.networks.portable, which needs torch.
 _PORTABLE = (".onnx", ".pt2")
@@ -24,25 +25,67 @@ _NETWORKS = (".safetensors", *_PORTABLE)
 SUFFIXES = (".csv", ".json", ".parquet", ".png", *_NETWORKS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What of a run is wanted, where that is not its front, or not in the usual form.
+
+    Args:
+        everything: Every measurement instead of the front.
+        generation: The population after this generation instead of the front.
+        policy: First digits of the network to write.
+        kind: Suffix of the networks in a folder, with or without its dot.
+
+    Raises:
+        ConfigError: Several exclude each other.
+    """
+
+    everything: bool = False
+    generation: int | None = None
+    policy: str | None = None
+    kind: str | None = None
+
+    def __post_init__(self) -> None:
+        given = {
+            "--all": self.everything,
+            "--generation": self.generation is not None,
+            "--policy": self.policy is not None,
+        }
+        chosen = [name for name, is_given in given.items() if is_given]
+        if len(chosen) > 1:
+            raise ConfigError(f"{' and '.join(chosen)} exclude each other")
+
+    @property
+    def suffix(self) -> str:
+        """Of the networks in a folder."""
+        suffix = _NETWORKS[0] if self.kind is None else f".{self.kind.removeprefix('.')}"
+        if suffix not in _NETWORKS:
+            raise ConfigError(f"--as {self.kind}: networks are written as {_either(_NETWORKS)}")
+        return suffix
+
+
+FRONT = Choice()
+"""The front, as usual."""
+
+
 def _either(suffixes: Sequence[str]) -> str:
     return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
 
 
-def _records(results: Results, ledger: Ledger, everything: bool, generation: int | None) -> Records:
-    if generation is not None:
-        members = ledger.population(generation)
+def _records(results: Results, ledger: Ledger, choice: Choice) -> Records:
+    if choice.generation is not None:
+        members = ledger.population(choice.generation)
         if not members:
-            raise ConfigError(f"--generation {generation}: {ledger.path.parent} has none recorded")
+            raise ConfigError(
+                f"--generation {choice.generation}: {ledger.path.parent} has none recorded"
+            )
         return population_records(results, members)
-    return measurement_records(results) if everything else front_records(results)
+    return measurement_records(results) if choice.everything else front_records(results)
 
 
 def export_file(
     run: Path,
     file: Path,
-    everything: bool,
-    generation: int | None,
-    policy: str | None,
+    choice: Choice = FRONT,
     preparation: Preparation = AS_SEARCHED,
     told: Callable[[str], None] = lambda _: None,
 ) -> str:
@@ -53,9 +96,7 @@ def export_file(
             that it runs without evosearch.
         file: Its suffix decides what is written; a folder, or a name without a suffix, gets all
             networks of the front.
-        everything: Every measurement instead of the front.
-        generation: The population after this generation instead of the front.
-        policy: First digits of the network to write.
+        choice: What of it.
         preparation: How networks are prepared.
         told: Hears of each network of a front that was written.
 
@@ -73,17 +114,20 @@ def export_file(
             f"{file} must end with one of {', '.join(SUFFIXES)}, or be a folder for the front's "
             "networks: one that is there, or a name without a dot"
         )
-    if policy is not None and (folder or not networks):
+    suffix = choice.suffix
+    if choice.kind is not None and not folder:
+        raise ConfigError(f"--as is for folders: {file} says itself what it is")
+    if choice.policy is not None and (folder or not networks):
         raise ConfigError(f"--policy writes a network: FILE must end with {_either(_NETWORKS)}")
     if preparation and not networks:
         raise ConfigError(
             f"{preparation} prepares networks: FILE must end with {_either(_NETWORKS)}, or be a "
             "folder"
         )
-    if (networks or file.suffix == ".png") and (everything or generation is not None):
+    if (networks or file.suffix == ".png") and (choice.everything or choice.generation is not None):
         raise ConfigError(f"--all and --generation write tables, {file} is none")
     if networks:
-        return _export_networks(run, file, policy, preparation, told)
+        return _export_networks(run, file, choice.policy, suffix, preparation, told)
     with Ledger.open(run) as ledger:
         results = read_results(ledger)
         if file.suffix == ".png":
@@ -91,7 +135,7 @@ def export_file(
 
             write_atomically(file, lambda scratch: plot_front(results, scratch))
             return f"{file}: {len(results.front)} of {len(results.rows)} policies on the front"
-        records = _records(results, ledger, everything, generation)
+        records = _records(results, ledger, choice)
     export(records, file)
     return f"{file}: {len(records.rows)} policies"
 
@@ -100,6 +144,7 @@ def _export_networks(
     run: Path,
     file: Path,
     policy: str | None,
+    suffix: str,
     preparation: Preparation,
     told: Callable[[str], None],
 ) -> str:
@@ -112,5 +157,5 @@ def _export_networks(
             raise ConfigError(f"{run} is a network: FILE must end with {_either(_PORTABLE)}")
         return convert_network(run, file)
     if file.is_dir() or file.suffix not in _NETWORKS:
-        return export_front(run, file, preparation, told)
+        return export_front(run, file, suffix, preparation, told)
     return export_network(run, file, policy, preparation)

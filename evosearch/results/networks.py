@@ -240,10 +240,11 @@ def convert_network(source: Path, file: Path) -> str:
 def export_front(
     run: Path,
     folder: Path,
+    suffix: str = ".safetensors",
     preparation: Preparation = AS_SEARCHED,
     told: Callable[[str], None] = lambda _: None,
 ) -> str:
-    """Writes every network of the front, `DIGEST.safetensors`, and a table, `networks.csv`.
+    """Writes every network of the front, named by its digest, and a table, `networks.csv`.
 
     The table has the columns of the front's, the name of each file, how it was prepared, and, where
     that is not as in the search, its metrics on the validation images (`prepared:error` and so on).
@@ -253,6 +254,7 @@ def export_front(
     Args:
         run: Directory of the run.
         folder: Is made if need be.
+        suffix: `.safetensors`, or one of `PORTABLE`.
         preparation: If not that of the search.
         told: Hears of each network that was written.
 
@@ -274,11 +276,11 @@ def export_front(
     make_parent(folder / INDEX)
     prepared: list[Mapping[str, float]] = []
     for count, row in enumerate(results.front, 1):
-        file = folder / f"{row.policy.digest}.safetensors"
+        file = folder / f"{row.policy.digest}{suffix}"
         prepared.append(writer.write(row, file))
         _remove(folder / INDEX)
         told(f"{count} of {len(results.front)}: {file}")
-    index = _index(results, writer.prepared, prepared if preparation else [])
+    index = _index(results, suffix, writer.prepared, prepared if preparation else [])
     export(index, folder / INDEX)
     least = "" if results.feasible else ", the least violating ones, as none is feasible"
     return f"{folder}: {len(results.front)} networks of the front{least}, and {INDEX}"
@@ -292,13 +294,13 @@ def _remove(index: Path) -> None:
         raise BackendError(f"cannot replace {index}: {exc.strerror or exc}") from exc
 
 
-def _index(results: Results, how: str, prepared: list[Mapping[str, float]]) -> Records:
+def _index(results: Results, suffix: str, how: str, prepared: list[Mapping[str, float]]) -> Records:
     """The front's table, with files, and with metrics of networks that were prepared anew."""
     front = front_records(results)
     names = tuple(f"prepared:{name}" for name in METRICS) if prepared else ()
     rows = []
     for index, row in enumerate(front.rows):
-        file = {"file": f"{row['policy']}.safetensors", "prepared": how}
+        file = {"file": f"{row['policy']}{suffix}", "prepared": how}
         anew = {f"prepared:{key}": value for key, value in prepared[index].items()} if names else {}
         rows.append({**row, **file, **anew})
     return Records(("file", "prepared", *names, *front.columns), tuple(rows))

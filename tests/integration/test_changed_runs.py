@@ -15,7 +15,7 @@ import torch
 import evosearch
 from evosearch import cli as commands
 from evosearch.errors import BudgetUnreachable, ConfigError, ConfigMismatch, NetworkError
-from evosearch.exporting import export_file
+from evosearch.exporting import Choice, export_file
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement
 from evosearch.networks import read_weights, save_weights
@@ -105,7 +105,7 @@ def test_another_network_is_neither_exported_nor_searched(
     policy = start().results.front[0].policy.digest
     change()
     with pytest.raises(ConfigMismatch, match=what):
-        export_file(Path("run"), Path("small.safetensors"), False, None, policy)
+        export_file(Path("run"), Path("small.safetensors"), Choice(policy=policy))
     assert not Path("small.safetensors").exists()
     with pytest.raises(ConfigMismatch, match=what):
         resume(Path("run"), Watch(), evaluations=8)
@@ -153,7 +153,7 @@ def test_a_search_that_can_afford_nothing_is_an_error(
 
 def test_an_exported_network_loads_where_its_code_has_another_place(start: Start) -> None:
     policy = start().results.front[0].policy.digest
-    export_file(Path("run"), Path("new/small.safetensors"), False, None, policy)
+    export_file(Path("run"), Path("new/small.safetensors"), Choice(policy=policy))
     small = evosearch.load_pruned("new/small.safetensors")
     Path("net.py").rename("moved.py")
     with pytest.raises(NetworkError, match=r"net.py does not exist; .*load_pruned\(file, network="):
@@ -176,7 +176,7 @@ class Wider(Tiny):
 
 def test_an_exported_network_is_not_put_into_another_one(start: Start) -> None:
     policy = start().results.front[0].policy.digest
-    export_file(Path("run"), Path("small.safetensors"), False, None, policy)
+    export_file(Path("run"), Path("small.safetensors"), Choice(policy=policy))
     with pytest.raises(NetworkError, match=r"features.0 with 8 channels .* features.0 with 12"):
         evosearch.load_pruned("small.safetensors", Wider)
     with pytest.raises(NetworkError, match=r"no network 'resnet21'"):
@@ -186,7 +186,7 @@ def test_an_exported_network_is_not_put_into_another_one(start: Start) -> None:
 @pytest.mark.parametrize("keep", [[99, 16, 24], [8, 16], [0, 16, 24], ["x"]])
 def test_an_impossible_pruned_network_is_refused(start: Start, keep: list[object]) -> None:
     policy = start().results.front[0].policy.digest
-    export_file(Path("run"), Path("small.safetensors"), False, None, policy)
+    export_file(Path("run"), Path("small.safetensors"), Choice(policy=policy))
     state, metadata = read_weights(Path("small.safetensors"))
     import json
 
@@ -211,7 +211,7 @@ def test_a_wrong_file_is_a_wrong_input(start: Start) -> None:
     start()
     Path("notes").write_text("mine")
     with pytest.raises(ConfigError, match=r"cannot write notes/x.csv: notes is not a folder"):
-        export_file(Path("run"), Path("notes/x.csv"), False, None, None)
+        export_file(Path("run"), Path("notes/x.csv"))
 
 
 def test_the_unexpected_is_a_sentence_and_a_file(
@@ -248,8 +248,8 @@ def test_a_damaged_ledger_is_a_sentence_everywhere(start: Start) -> None:
     for use in (
         lambda: read_status(Path("run")),
         lambda: resume(Path("run"), Watch()),
-        lambda: export_file(Path("run"), Path("f.csv"), False, None, None),
-        lambda: export_file(Path("run"), Path("f.safetensors"), False, None, "aa"),
+        lambda: export_file(Path("run"), Path("f.csv")),
+        lambda: export_file(Path("run"), Path("f.safetensors"), Choice(policy="aa")),
     ):
         with pytest.raises(evosearch.errors.LedgerCorrupt, match=r"worst: .*restore it"):
             use()

@@ -199,6 +199,17 @@ def test_the_networks_of_a_front_are_exported_together(cli: Cli, run: Path) -> N
     states = (evosearch.load_pruned(file).state_dict().values() for file in files)
     assert all(torch.equal(alone, among) for alone, among in zip(*states, strict=True))
 
+    cli.here("export", "run", "for-phones", "--as", "onnx")
+    index = pd.read_csv(cli.folder / "for-phones" / "networks.csv")
+    images = torch.randn(4, 3, 32, 32)
+    for row in index.itertuples():
+        session = onnxruntime.InferenceSession(cli.folder / "for-phones" / str(row.file))
+        (found,) = session.run(None, {"images": images.numpy()})
+        cli.here("export", "run", "one.safetensors", "--policy", row.policy)
+        with torch.inference_mode():
+            wanted = evosearch.load_pruned(cli.folder / "one.safetensors")(images)
+        torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-3, atol=1e-3)
+
     for option in (("--all",), ("--generation", "1")):
         refused = cli.here("export", "run", "networks", *option, code=2).stderr
         assert "write tables, networks is none" in refused
@@ -207,6 +218,10 @@ def test_the_networks_of_a_front_are_exported_together(cli: Cli, run: Path) -> N
     assert "taken is not a folder" in refused
     refused = cli.here("export", "run", "networks", "--policy", last.policy, code=2).stderr
     assert "FILE must end with .safetensors" in refused
+    refused = cli.here("export", "run", "networks", "--as", "onx", code=2).stderr
+    assert "--as onx: networks are written as .safetensors, .onnx or .pt2" in refused
+    refused = cli.here("export", "run", "front.csv", "--as", "onnx", code=2).stderr
+    assert "--as is for folders: front.csv says itself what it is" in refused
 
 
 def test_networks_are_prepared_by_another_proxy_than_the_searchs(
