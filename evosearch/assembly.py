@@ -21,6 +21,7 @@ from evosearch.algorithms import (
 from evosearch.data import (
     Images,
 )
+from evosearch.doubts import doubts_about
 from evosearch.errors import BudgetUnreachable, ConfigError
 from evosearch.latency import BLOCK, LatencyModel, minds_odd_widths
 from evosearch.materials import ImageSets, network_and_images
@@ -47,12 +48,6 @@ from evosearch.scoring.workload import (
 from evosearch.snapshots import versions
 from evosearch.space import CriteriaFacts, CriteriaWish, SearchSpace, criteria_wish, make_space
 
-# Share of the way from guessing to certainty below which a network seems not to know its images.
-_CLEARLY_ABOVE = 0.1
-# Fewer images order policies less well by outputs than by feature maps (docs/fidelity.md).
-_FEW_FOR_OUTPUTS = 256
-# Relative errors of foreseen latencies beyond this are told.
-_UNSURE = 0.1
 # Of so many images and classes the ledger keeps what the dense network puts out.
 _SHOWN = 16
 # So many random policies show what a space can cost, where its extremes are not policies of it.
@@ -117,58 +112,7 @@ class Assembled:
 
     def doubts(self) -> list[str]:
         """What is possible but hardly meant or expected, in sentences."""
-        found = []
-        chance = 1 - worst_metrics(self.workload.dense_logits)["error"]
-        right = 1 - self.dense_error
-        if right <= chance + _CLEARLY_ABOVE * (1 - chance):
-            found.append(
-                f"warning: the dense network is right on {right:.1%} of the validation images, and "
-                f"guessing on {chance:.1%}; check network.weights, network.mean and network.std, "
-                "and the order of the classes"
-            )
-        count = len(self.workload.validation)
-        compares_outputs = self.workload.features.layer is None
-        if "distortion" in self.goals.objectives and compares_outputs and count < _FEW_FOR_OUTPUTS:
-            found.append(
-                f"{count} validation images are few for distortion, which compares outputs here: "
-                "there are no last feature maps that keep all channels and that every cut moves; "
-                f"set data.validation to {_FEW_FOR_OUTPUTS} or more"
-            )
-        found += self._doubts_about_latency()
-        good = settled_precision("auto", gpu=self.recipe.run.gpus_per_worker > 0)
-        if (self.recipe.proxy.precision, good) == ("bfloat16", "float32"):
-            found.append(
-                "proxy.precision is bfloat16, which this machine does not compute in: candidates "
-                "may take ten times as long as in float32, which a new run would choose here"
-            )
-        return found
-
-    def _doubts_about_latency(self) -> list[str]:
-        latency, found = self.workload.plan.table.latency, []
-        if latency is None:
-            return []
-        rounded = rounding(self.recipe.space) % BLOCK == 0
-        if minds_odd_widths(latency.odd):
-            told = (
-                f"with one channel less in each group, a network of multiples of {BLOCK} takes "
-                f"{latency.odd:.2f} times as long here"
-            )
-            found.append(
-                f"widths are kept to multiples of {BLOCK} (space.round_to): {told}"
-                if rounded
-                else f"warning: {told}; set space.round_to to {BLOCK}"
-            )
-        if latency.error > _UNSURE and (rounded or not minds_odd_widths(latency.odd)):
-            found.append(
-                f"warning: latency is foreseen within {latency.error:.0%} only; if the machine was "
-                "busy while passes were timed, launch again when it is not"
-            )
-        if self.recipe.run.gpus_per_worker > 0 and self.recipe.latency.measure is None:
-            found.append(
-                "latency is that of this machine's CPU; name a stopwatch for another device as "
-                "latency.measure"
-            )
-        return found
+        return doubts_about(self.recipe, self.goals, self.workload, self.dense_error)
 
     def _order_digest(self) -> str:
         """Digest of what decides the order in which channels go."""

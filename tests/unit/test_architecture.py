@@ -33,7 +33,7 @@ LAYERS = (
     ("evosearch.results",),
     ("evosearch.assembly", "evosearch.testing"),
     ("evosearch.search",),
-    ("evosearch.facts", "evosearch.materials", "evosearch.snapshots"),
+    ("evosearch.doubts", "evosearch.facts", "evosearch.materials", "evosearch.snapshots"),
     ("evosearch.algorithms", "evosearch.scoring"),
     ("evosearch.pruning", "evosearch.training"),
     ("evosearch.data", "evosearch.networks", "search_spaces"),
