@@ -1,5 +1,6 @@
 """Names in a recipe become objects here; those of network and images in `materials`."""
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,9 +23,10 @@ from evosearch.data import (
     Images,
 )
 from evosearch.doubts import doubts_about
-from evosearch.errors import BudgetUnreachable, ConfigError
+from evosearch.errors import BudgetUnreachable, ConfigError, EvosearchError
 from evosearch.latency import BLOCK, LatencyModel, minds_odd_widths
 from evosearch.materials import ImageSets, network_and_images
+from evosearch.networks import Network
 from evosearch.policy import Policy
 from evosearch.pruning.blending import cluster_groups
 from evosearch.pruning.criteria import applicable_criteria, criterion_named
@@ -153,7 +155,11 @@ def _digest(arrays: Mapping[str, NDArray[np.generic]]) -> str:
 
 
 def assemble(
-    recipe: Recipe, criteria: Sequence[str] = (), latency: LatencyModel | None = None
+    recipe: Recipe,
+    criteria: Sequence[str] = (),
+    latency: LatencyModel | None = None,
+    *,
+    settles_widths: bool = False,
 ) -> Assembled:
     """Makes everything that a recipe names, and checks that it fits together.
 
@@ -161,6 +167,8 @@ def assemble(
         recipe: It.
         criteria: What "all criteria" meant when a run was launched; later versions have more.
         latency: What was timed then. If that is None and the recipe wants it, it is timed now.
+        settles_widths: Where it is timed, widths become multiples of `BLOCK` if others are slow and
+            the recipe leaves that open.
 
     Raises:
         EvosearchError: Something does not; names the field, group or file.
@@ -174,21 +182,19 @@ def assemble(
     check_devices(run.workers, run.gpus_per_worker, run.ray_address)
     network, image_sets = network_and_images(recipe)
     plan = trace(network)
-    options = {key: value for key, value in recipe.space.items() if key != "name"}
+    options: Mapping[str, Any] = {k: v for k, v in recipe.space.items() if k != "name"}
     wish = criteria_wish(recipe.space["name"], options)
     if wish is not None and not wish.names:
         named = tuple(criteria) or applicable_criteria(network.module, plan)[0]
         wish = replace(wish, names=named)
     facts = None if wish is None else _unclustered(wish, plan, recipe.proxy.criterion)
+    maker = _Maker(recipe, goals, facts)
     if latency is None and wants_latency(recipe, goals):
-        _check_untimed(recipe, goals, plan, options, facts)
-        free = _leaves_rounding_open(recipe, goals, plan, options, facts)
-        latency = time_passes(network, plan, recipe.latency, None if free else rounding(options))
-        if free and minds_odd_widths(latency.odd):
-            options["round_to"] = BLOCK
-            recipe = recipe.model_copy(update={"space": {**recipe.space, "round_to": BLOCK}})
+        latency, options = maker.timed(network, plan, options, settles_widths=settles_widths)
+        space_table = {"name": recipe.space["name"], **options}
+        recipe = recipe.model_copy(update={"space": space_table})
     plan = _knowing(plan, latency)
-    space = _checked_space(recipe, goals, plan.table, options, facts)
+    space = maker.space(plan.table, options)
     recipe = _settled(recipe, image_sets, space, network.input.shape)
     with _naming("proxy.criterion"):
         workload = prepare_workload(
@@ -222,67 +228,88 @@ def assemble(
     )
 
 
-def _check_untimed(
-    recipe: Recipe,
-    goals: Goals,
-    plan: CuttingPlan,
-    options: Mapping[str, Any],
-    facts: CriteriaFacts | None,
-) -> None:
-    """Refuses a wrong word now, not after half a minute of timing; an unreachable budget then."""
-    try:
-        table = _knowing(plan, stand_in(plan.table)).table
-        _checked_space(recipe, goals, table, options, facts)
-    except BudgetUnreachable as exc:
-        if "latency" not in str(exc):
-            raise
-
-
-def _leaves_rounding_open(
-    recipe: Recipe,
-    goals: Goals,
-    plan: CuttingPlan,
-    options: Mapping[str, Any],
-    facts: CriteriaFacts | None,
-) -> bool:
-    """Whether a recipe does not say of what widths are multiples, and its space would take it."""
-    if "round_to" in options:
-        return False
-    try:
-        _check_untimed(recipe, goals, plan, {**options, "round_to": BLOCK}, facts)
-    except ConfigError:
-        return False
-    return True
-
-
 def _knowing(plan: CuttingPlan, latency: LatencyModel | None) -> CuttingPlan:
     """The plan with what foretells latency."""
     return replace(plan, table=replace(plan.table, latency=latency))
 
 
-def _checked_space(
-    recipe: Recipe,
-    goals: Goals,
-    table: GroupTable,
-    options: Mapping[str, Any],
-    facts: CriteriaFacts | None,
-) -> SearchSpace:
-    """The recipe's space, in which there is something to search, by its algorithm, in its bounds.
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the space that a recipe names.
 
-    Raises:
-        ConfigError: There is not.
+    Args:
+        recipe: It.
+        goals: Its objectives and constraints.
+        facts: What the space is told about criteria, if it asks.
     """
-    space = make_space(recipe.space["name"], table, options, facts)
-    if facts is None and space.cheapest() == space.dearest():
-        raise ConfigError(
-            f"space: {', '.join(f'{k} = {v}' for k, v in options.items()) or 'this network'} "
-            "leaves every group a single width, and nothing to search; lower space.round_to or "
-            "widen space.sparsity"
-        )
-    goals.check_reachable(*reachable_costs(space, table))
-    # Made here once to refuse a wrong algorithm before anything is measured.
-    algorithm_of(recipe, space, goals, table, None)
-    return space
+
+    recipe: Recipe
+    goals: Goals
+    facts: CriteriaFacts | None
+
+    def space(self, table: GroupTable, options: Mapping[str, Any]) -> SearchSpace:
+        """The space, in which there is something to search, by its algorithm, in its bounds.
+
+        Raises:
+            ConfigError: There is not.
+            SpaceError: No policy of it is within the bounds.
+        """
+        space = make_space(self.recipe.space["name"], table, options, self.facts)
+        if self.facts is None and space.cheapest() == space.dearest():
+            raise ConfigError(
+                f"space: {', '.join(f'{k} = {v}' for k, v in options.items()) or 'this network'} "
+                "leaves every group a single width, and nothing to search; lower space.round_to or "
+                "widen space.sparsity"
+            )
+        self.goals.check_reachable(*reachable_costs(space, table))
+        # Made here once to refuse a wrong algorithm before anything is measured.
+        algorithm_of(self.recipe, space, self.goals, table, None)
+        return space
+
+    def check_untimed(self, table: GroupTable, options: Mapping[str, Any]) -> None:
+        """Refuses a wrong word now, not after half a minute of timing; an unreachable time then."""
+        try:
+            self.space(replace(table, latency=stand_in(table)), options)
+        except BudgetUnreachable as exc:
+            if "latency" not in str(exc):
+                raise
+
+    def may_round(self, table: GroupTable, options: Mapping[str, Any]) -> bool:
+        """Whether the recipe leaves open of what widths are multiples, and blocks would do."""
+        if "round_to" in options:
+            return False
+        name, blocks = self.recipe.space["name"], {**options, "round_to": BLOCK}
+        guess = replace(table, latency=stand_in(table))
+        try:
+            self.check_untimed(table, blocks)
+            free, rounded = (make_space(name, guess, o, self.facts) for o in (options, blocks))
+        except EvosearchError:
+            return False
+        genomes = np.random.default_rng(0).random((_PROBES, free.n_genes))
+        return free.n_genes == rounded.n_genes and free.decode(genomes) != rounded.decode(genomes)
+
+    def timed(
+        self,
+        network: Network,
+        plan: CuttingPlan,
+        options: Mapping[str, Any],
+        *,
+        settles_widths: bool,
+    ) -> tuple[LatencyModel, Mapping[str, Any]]:
+        """What foretells latency, and the space's options with widths that suit the clock."""
+        self.check_untimed(plan.table, options)
+        time = functools.partial(time_passes, network, plan, self.recipe.latency)
+        if not settles_widths or not self.may_round(plan.table, options):
+            return time(rounding(options)), options
+        latency = time(None)
+        if not minds_odd_widths(latency.odd):
+            return latency, {**options, "round_to": 1}
+        suited = {**options, "round_to": BLOCK}
+        try:
+            self.space(_knowing(plan, latency).table, suited)
+        except BudgetUnreachable:  # perhaps narrower groups reach it
+            return time(1), options
+        return latency, suited
 
 
 def wants_latency(recipe: Recipe, goals: Goals) -> bool:

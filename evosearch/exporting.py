@@ -36,7 +36,7 @@ class Choice:
         kind: Suffix of the networks in a folder, with or without its dot.
 
     Raises:
-        ConfigError: Several exclude each other.
+        ConfigError: Several exclude each other, or there are no such networks.
     """
 
     everything: bool = False
@@ -53,14 +53,13 @@ class Choice:
         chosen = [name for name, is_given in given.items() if is_given]
         if len(chosen) > 1:
             raise ConfigError(f"{' and '.join(chosen)} exclude each other")
+        if self.suffix not in _NETWORKS:
+            raise ConfigError(f"--as {self.kind}: networks are written as {_either(_NETWORKS)}")
 
     @property
     def suffix(self) -> str:
         """Of the networks in a folder."""
-        suffix = _NETWORKS[0] if self.kind is None else f".{self.kind.removeprefix('.')}"
-        if suffix not in _NETWORKS:
-            raise ConfigError(f"--as {self.kind}: networks are written as {_either(_NETWORKS)}")
-        return suffix
+        return _NETWORKS[0] if self.kind is None else f".{self.kind.removeprefix('.')}"
 
 
 FRONT = Choice()
@@ -114,7 +113,6 @@ def export_file(
             f"{file} must end with one of {', '.join(SUFFIXES)}, or be a folder for the front's "
             "networks: one that is there, or a name without a dot"
         )
-    suffix = choice.suffix
     if choice.kind is not None and not folder:
         raise ConfigError(f"--as is for folders: {file} says itself what it is")
     if choice.policy is not None and (folder or not networks):
@@ -127,7 +125,7 @@ def export_file(
     if (networks or file.suffix == ".png") and (choice.everything or choice.generation is not None):
         raise ConfigError(f"--all and --generation write tables, {file} is none")
     if networks:
-        return _export_networks(run, file, choice.policy, suffix, preparation, told)
+        return _export_networks(run, file, choice.policy, choice.suffix, preparation, told)
     with Ledger.open(run) as ledger:
         results = read_results(ledger)
         if file.suffix == ".png":

@@ -24,11 +24,11 @@ __all__ = ["BLOCK", "AxisWidth", "LatencyModel", "LayerShape", "fit_latency", "m
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Index = Annotated[int, Field(ge=0)]
-Block = Literal[1, 8, 16]
+_Block = Literal[1, 8, 16]
 
 BLOCK = 8
 """Channels that vector units take at once, or half of that."""
-_BLOCKS: tuple[Block, ...] = (1, 8, 16)
+_BLOCKS: tuple[_Block, ...] = (1, 8, 16)
 # Times as long as a network that has one more channel in each group; where it is less, freedom of
 # widths is worth more than the kernels' liking (docs/latency.md).
 _SLOW = 1.25
@@ -79,7 +79,7 @@ class Term(_Part):
     seconds: Annotated[float, Field(ge=0)]
     one: Index | None
     other: Index | None
-    block: Block = 1
+    block: _Block = 1
     """Widths are rounded up to multiples of this."""
 
     @model_validator(mode="before")

@@ -68,7 +68,7 @@ def profile(recipe: Recipe) -> Profile:
     Raises:
         EvosearchError: The recipe cannot be carried out, budgets included.
     """
-    assembled = assemble(recipe)
+    assembled = assemble(recipe, settles_widths=True)
     table, space = assembled.workload.plan.table, assembled.space
     ladder = space.decode(space.ladder(3))
     middle = ladder[-1]

@@ -147,7 +147,7 @@ def launch(
     _check_free(directory)
     timing = ", timing networks of many widths" if wants_latency(recipe, goals_of(recipe)) else ""
     observer.phase(f"preparing {recipe.network.name}{timing}")
-    assembled = assemble(recipe)
+    assembled = assemble(recipe, settles_widths=True)
     _announce(assembled, observer)
     seeds = _seeds(seed_from, assembled) if seed_from else []
     try:

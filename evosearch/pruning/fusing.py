@@ -1,8 +1,9 @@
 """Convolutions that sum and activate while their result is still in registers.
 
 On a CPU, sums and ReLUs of wide maps cost a sixth of a residual network's forward pass, all of it
-traffic to memory. oneDNN has both as post-operations of a convolution, in torch's own builds; what
-follows which convolution is seen by running the network once, and checked numerically.
+traffic to memory. oneDNN has sums and common activations as post-operations of a convolution, in
+torch's own builds; what follows which convolution is seen by running the network once, and checked
+numerically.
 """
 
 import functools
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evosearch.errors import NetworkError
 from evosearch.pruning.sampling import output_size, pads_with_zeros
 from evosearch.pruning.watching import RELU, Activation, Watch
 
@@ -139,7 +141,7 @@ class Fused:
     ) -> None:
         self._prepare = prepare
         self._pending: dict[int, tuple[_Visited, Tensor, Tensor]] = {}
-        self._activated: dict[int, Tensor] = {}
+        self._activated: dict[int, tuple[Activation, Tensor]] = {}
         for name in dict.fromkeys((*tails, *prepared)):
             layer: Any = module.get_submodule(name)
             tail = tails.get(name)
@@ -172,10 +174,12 @@ class Fused:
                 return output
             if visited.tail is None or visited.tail.added:
                 return visited.plain(x)
-            return self._noted(convolve(visited.layer, x, None, visited.tail.activation))
+            activation = visited.tail.activation
+            return self._noted(convolve(visited.layer, x, None, activation), activation)
 
-    def _noted(self, output: Tensor) -> Tensor:
-        self._activated[id(output)] = output
+    def _noted(self, output: Tensor, activation: Activation | None) -> Tensor:
+        if activation is not None:
+            self._activated[id(output)] = activation, output
         return output
 
     def _added(self, func: Any, left: Tensor, right: Tensor) -> Tensor | None:
@@ -190,15 +194,18 @@ class Fused:
         tail = visited.tail
         if output is None and tail is not None and tail.added and _has_one_layout(other):
             added = convolve(visited.layer, x, other, tail.activation)
-            return added if tail.activation is None else self._noted(added)
+            return self._noted(added, tail.activation)
         result: Tensor = func(visited.plain(x) if output is None else output, other)
         return result
 
     def _activation(
-        self, _activation: Activation, _call: Callable[[], Tensor], tensor: Tensor
+        self, activation: Activation, _call: Callable[[], Tensor], tensor: Tensor
     ) -> Tensor | None:
         # Let go of at once: maps that are kept push others out of the cache.
-        return self._activated.pop(id(tensor), None)
+        done, output = self._activated.pop(id(tensor), (activation, None))
+        if done != activation:
+            raise NetworkError(f"{activation} was {done} in the dense network")
+        return output
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["RELU", "Activation", "Watch"]
+__all__ = ["RELU", "Activated", "Activation", "Watch"]
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def _called(func: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> Activ
 # Looking at a tensor's form is not reading it.
 _HARMLESS = {"__get__", "size", "dim", "numel"}
 
-
 Activated = Callable[[Activation, Callable[[], Tensor], Tensor], Tensor | None]
+"""From an activation, the call and its operand to the result, or None."""
 
 
 class Watch(TorchFunctionMode):

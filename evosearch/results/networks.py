@@ -262,8 +262,9 @@ def export_front(
         A sentence for people.
 
     Raises:
-        ConfigError: Nothing was measured yet, the folder cannot be made, or a network cannot be
-            prepared like that.
+        ConfigError: Nothing was measured yet, the folder cannot be made, a network cannot be
+            prepared like that, or what writes it is not installed.
+        NetworkError: A network cannot be written like that.
         ConfigMismatch: Network or images are not the ones that were measured.
     """
     with Ledger.open(run) as ledger:

@@ -29,8 +29,6 @@ IntArray = NDArray[np.int64]
 _POLICIES, _LEAST = 64, 16
 # Policies are timed in turns, until so much time is spent.
 _SECONDS, _LEAST_TURNS, _MOST_TURNS = 30.0, 2, 5
-# For the two that tell whether odd widths are slow.
-_SECONDS_FOR_ODD = 2.0
 # So many of those that a search chose; between, it can be stopped.
 _TOGETHER = 8
 
@@ -75,7 +73,8 @@ def time_passes(
     clock = _clock(network, recipe)
     odd = None
     if round_to is None or round_to % BLOCK:
-        even, less = _in_turns(network, plan, clock, even_and_odd(plan.table), _SECONDS_FOR_ODD)
+        pair = even_and_odd(plan.table)
+        even, less = _in_turns(network, plan, clock, pair, _SECONDS, least=_MOST_TURNS)
         odd = float(less / even) if math.isfinite(less) and math.isfinite(even) else None
     if round_to is None:
         round_to = BLOCK if minds_odd_widths(odd) else 1
@@ -163,7 +162,12 @@ def seconds_of(
 
 
 def _in_turns(
-    network: Network, plan: CuttingPlan, clock: _Clock, keep: IntArray, most_seconds: float
+    network: Network,
+    plan: CuttingPlan,
+    clock: _Clock,
+    keep: IntArray,
+    most_seconds: float,
+    least: int = _LEAST_TURNS,
 ) -> FloatArray:
     cutter, reference = Cutter(plan, network.module), Cutter(plan, network.module)
     half = plan.table.whole(-(-plan.table.channels // 2))
@@ -171,7 +175,7 @@ def _in_turns(
     beside: list[float] = []
     with _threads(clock.threads):
         start = time.perf_counter()
-        while len(ratios) < _LEAST_TURNS or (
+        while len(ratios) < least or (
             len(ratios) < _MOST_TURNS and time.perf_counter() - start < most_seconds
         ):
             turn = []

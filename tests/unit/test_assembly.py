@@ -269,7 +269,8 @@ def liking_eights(module: nn.Module, images: torch.Tensor) -> float:
 @pytest.mark.parametrize("given", [{}, {"round_to": 1}, {"round_to": 8}])
 def test_widths_suit_the_clock_where_the_recipe_leaves_them_open(given: dict[str, int]) -> None:
     recipe = timed("liking_eights")
-    made = assemble(recipe.model_copy(update={"space": {**recipe.space, **given}}))
+    changed = recipe.model_copy(update={"space": {**recipe.space, **given}})
+    made = assemble(changed, settles_widths=True)
     said = [text for text in made.doubts() if "multiples of 8" in text]
     assert made.recipe.space["round_to"] == given.get("round_to", 8)
     keep = made.space.decode(np.random.default_rng(0).random((20, made.space.n_genes)))
@@ -286,12 +287,31 @@ def test_widths_suit_the_clock_where_the_recipe_leaves_them_open(given: dict[str
         assert said == []
 
 
-def test_widths_stay_free_where_the_clock_does_not_mind_or_a_space_cannot_round() -> None:
-    assert "round_to" not in assemble(timed("seconds_by_weights")).recipe.space
-    recipe = timed("liking_eights")
-    narrow = recipe.model_copy(update={"space": {**recipe.space, "sparsity": [0.55, 0.7]}})
-    made = assemble(narrow)  # in eights there would be a single width
+def test_widths_stay_free_where_the_clock_does_not_mind() -> None:
+    assert assemble(timed("seconds_by_weights"), settles_widths=True).recipe.space["round_to"] == 1
+    # A study of proxies is bound to its settings, and must not hang on a clock.
+    assert "round_to" not in assemble(timed("liking_eights")).recipe.space
+
+
+FREE_ALONE: list[dict[str, Any]] = [
+    {"space": {"sparsity": [0.55, 0.7]}},  # in eights, a single width
+    {"search": {"objectives": ["error", "latency"], "constraints": ["macs <= 0.3"]}},
+    {"space": {"project_onto": {"macs": 0.3}}},
+    {"space": {"project_onto": {"latency": 0.3}}},
+    {"search": {"objectives": ["error"], "constraints": ["latency <= 0.3"]}},
+]
+
+
+@pytest.mark.parametrize("changes", FREE_ALONE, ids=str)
+def test_what_multiples_of_eight_cannot_reach_is_searched_all_the_same(
+    changes: dict[str, Any],
+) -> None:
+    made = assemble(timed("liking_eights", **changes), settles_widths=True)
     assert "round_to" not in made.recipe.space
+    (said,) = (text for text in made.doubts() if "multiples of 8" in text)
+    assert said.endswith("in multiples of 8 the space has no policies to search within the bounds")
+    found = made.space.decode(np.random.default_rng(0).random((8, made.space.n_genes)))
+    assert any(policy.keep[0] % 8 for policy in found)
 
 
 recipe_text = "no function"

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evosearch.errors import NetworkError
 from evosearch.networks import Network, NetworkSpec, load_network
-from evosearch.pruning import folding
+from evosearch.pruning import folding, fusing
 from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.folding import FastCopy, layout_of
 from evosearch.pruning.fusing import Fused, Tail, can_fuse, tails_of
@@ -157,20 +158,40 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_convolutions_activate_as_torch_does(
-    activation: Callable[[Tensor], Tensor], dtype: torch.dtype
+    activation: Callable[[Tensor], Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_fuse(CPU, dtype):
         pytest.skip("no bfloat16 here")
     network = toy(lambda net, x: activation(net.second(x.repeat(1, 2, 1, 1)[:, :4])))
     module, images = network.module, network.example(4) * 3
     tails = tails_of(module, images)
-    assert list(tails) == ["second"]
+    assert tails["second"].activation is not None
+    done: list[object] = []
+    convolve = fusing.convolve
+    monkeypatch.setattr(fusing, "convolve", lambda *args: done.append(args) or convolve(*args))
     plain, fused = (copy.deepcopy(module).to(dtype) for _ in range(2))
     Fused(fused, tails)
     with torch.inference_mode():
         wanted, found = plain(images.to(dtype)), fused(images.to(dtype))
     near = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(found, wanted, rtol=near, atol=near)
+    assert len(done) == 1
+
+
+def test_an_activation_that_changes_with_the_network_is_no_silent_error() -> None:
+    network = toy(lambda net, x: F.leaky_relu(net.second(net.first(x)), 1 / len(net.first.weight)))
+    layout = layout_of(network)
+    assert dict(layout.tails)["second"].activation == Activation("leaky_relu", (0.25,))
+    fast = FastCopy(network.module, layout, torch.float32)
+    fast.update(network.module)
+    network.module.first = nn.Conv2d(3, 2, 3, padding=1)
+    network.module.second = nn.Conv2d(2, 4, 3, padding=1)
+    fast.update(network.module)
+    with (
+        torch.inference_mode(),
+        pytest.raises(NetworkError, match=r"leaky_relu.*0\.5.* was .*0\.25"),
+    ):
+        fast.module(network.example(2))
 
 
 def in_place_without_a_name(net: Toy, x: Tensor) -> Tensor:

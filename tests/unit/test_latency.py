@@ -1,5 +1,7 @@
 """What foretells the time of a forward pass."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -206,6 +208,23 @@ def test_widths_that_the_kernels_do_not_like_are_noticed() -> None:
     found = time_passes(traced, plan, LatencyRecipe(measure=f"{__name__}:by_parameters")).odd
     assert found is not None
     assert 0.9 < found < 1
+
+
+def test_one_slow_moment_settles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = load_network(NetworkSpec(name="resnet20"))
+    plan = trace(traced)
+    asked: list[int] = []
+
+    def busy_at_first(module: nn.Module, images: torch.Tensor) -> float:
+        odd = any(c.out_channels % 8 for c in module.modules() if isinstance(c, nn.Conv2d))
+        asked.append(odd)
+        noise = float(np.random.default_rng(len(asked)).uniform(0.99, 1.01))
+        return by_parameters(copy.deepcopy(module), images) * noise * (2 if sum(asked) < 3 else 1)
+
+    monkeypatch.setattr(timing, "stopwatch_named", lambda _name: busy_at_first)
+    found = time_passes(traced, plan, LatencyRecipe(), round_to=None).odd
+    assert found is not None
+    assert found < 1.05
 
 
 def test_a_network_that_cannot_be_narrowed_is_not_timed() -> None:
