@@ -196,8 +196,9 @@ def test_run_without_check_images_says_nothing_about_them(
 
 
 def timed_recipe(clock: str = f"{TINY}:weigh", *constraints: str) -> Recipe:
-    """Searches for speed by a stopwatch that weighs: shares of time are those of weights."""
+    """Searches for speed by a stopwatch that weighs, with any widths."""
     recipe = recipe_of(check=0).model_dump(mode="json", exclude_none=True)
+    recipe["space"]["round_to"] = 1
     recipe["latency"] = {"measure": clock, "images": 2}
     recipe["search"] |= {"objectives": ["divergence", "latency"], "constraints": list(constraints)}
     return check_recipe(recipe, "test")
