@@ -13,11 +13,6 @@ _CLEARLY_ABOVE = 0.1
 _FEW_FOR_OUTPUTS = 256
 # Relative errors of foreseen latencies beyond this are told.
 _UNSURE = 0.1
-# Where a recipe says of what widths are multiples, and where that was left open but none suit.
-_ADVICE = (
-    f"set space.round_to to {BLOCK}",
-    f"but in multiples of {BLOCK} the space has no policies to search within the bounds",
-)
 
 
 def doubts_about(recipe: Recipe, goals: Goals, workload: Workload, dense_error: float) -> list[str]:
@@ -65,8 +60,7 @@ def _about_distortion(goals: Goals, workload: Workload) -> list[str]:
 def _about_latency(recipe: Recipe, latency: LatencyModel) -> list[str]:
     found = []
     minds = minds_odd_widths(latency.odd)
-    wish = recipe.space.get("round_to")
-    rounded = wish == BLOCK
+    rounded = recipe.space.get("round_to") == BLOCK
     if minds:
         told = (
             f"with one channel less in each group, a network of multiples of {BLOCK} takes "
@@ -75,7 +69,8 @@ def _about_latency(recipe: Recipe, latency: LatencyModel) -> list[str]:
         found.append(
             f"widths are kept to multiples of {BLOCK} (space.round_to): {told}"
             if rounded
-            else f"warning: {told}; {_ADVICE[wish is None]}"
+            else f"warning: {told}; if the space has policies in multiples of {BLOCK} within "
+            f"its bounds, set space.round_to to {BLOCK}"
         )
     if latency.error > _UNSURE and (rounded or not minds):
         found.append(

@@ -285,7 +285,7 @@ def test_widths_that_suit_the_clock_are_settled_and_written_down(
     assert len(table) >= 5
     assert (kept % 8 == 0).all(axis=None)
     free = cli.here("launch", name, "--out", "free", "--set", "space.round_to=1", *goals, "3")
-    assert "times as long here; set space.round_to to 8" in free.stderr
+    assert "within its bounds, set space.round_to to 8" in free.stderr
     assert "round_to = 1" in (cli.folder / "free" / "recipe.toml").read_text()
 
 

@@ -282,7 +282,7 @@ def test_widths_suit_the_clock_where_the_recipe_leaves_them_open(given: dict[str
         assert made.workload.plan.table.latency.error < 0.05
     elif given == {"round_to": 1}:
         assert said[0].startswith("warning: with one channel less in each group, a network of")
-        assert said[0].endswith("times as long here; set space.round_to to 8")
+        assert said[0].endswith("within its bounds, set space.round_to to 8")
     else:
         assert said == []
 
@@ -309,7 +309,9 @@ def test_what_multiples_of_eight_cannot_reach_is_searched_all_the_same(
     made = assemble(timed("liking_eights", **changes), settles_widths=True)
     assert "round_to" not in made.recipe.space
     (said,) = (text for text in made.doubts() if "multiples of 8" in text)
-    assert said.endswith("in multiples of 8 the space has no policies to search within the bounds")
+    assert said.endswith(
+        "has policies in multiples of 8 within its bounds, set space.round_to to 8"
+    )
     found = made.space.decode(np.random.default_rng(0).random((8, made.space.n_genes)))
     assert any(policy.keep[0] % 8 for policy in found)
 
