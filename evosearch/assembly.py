@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evosearch.algorithms import (
+    SEQUENCES,
     Algorithm,
     AlgorithmSettings,
     Foresight,
@@ -33,9 +34,9 @@ from evosearch.pruning.criteria import applicable_criteria, criterion_named
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.groups import trace
 from evosearch.pruning.table import GroupTable
-from evosearch.recipe import ProxyRecipe, Recipe
+from evosearch.recipe import RANKINGS, ProxyRecipe, RankingRecipe, Recipe
 from evosearch.scoring.devices import check_devices
-from evosearch.scoring.objectives import Constraint, Goals, worst_metrics
+from evosearch.scoring.objectives import COSTS, Constraint, Goals, worst_metrics
 from evosearch.scoring.pool import PoolSettings
 from evosearch.scoring.proxies import ProxySettings, proxy_named
 from evosearch.scoring.timing import stand_in, time_passes
@@ -58,6 +59,7 @@ _PROBES = 32
 __all__ = [
     "Assembled",
     "algorithm_of",
+    "algorithm_settings",
     "assemble",
     "foresight_of",
     "goals_of",
@@ -111,6 +113,14 @@ class Assembled:
     def dense_error(self) -> float:
         """Top-1 error of the dense network on the validation images."""
         return dense_error(self.workload)
+
+    @property
+    def spent(self) -> str:
+        """Which cost is to be saved: the budget's, or that of the goals; MACs if there is none."""
+        budget = self.recipe.space.get("project_onto")
+        named = [name for name in COSTS if isinstance(budget, dict) and budget.get(name)]
+        goals = [name for name in ("latency", "macs", "params") if name in self.goals.names]
+        return [*named, *goals, "macs"][0]
 
     def doubts(self) -> list[str]:
         """What is possible but hardly meant or expected, in sentences."""
@@ -178,6 +188,9 @@ def assemble(
         proxy_named(recipe.proxy.name)
     with _naming("proxy.criterion"):
         criterion_named(recipe.proxy.criterion)
+    with _naming("search.rankings"):
+        for ranking in recipe.search.rankings or ():
+            criterion_named(ranking.criterion)
     run = recipe.run
     check_devices(run.workers, run.gpus_per_worker, run.ray_address)
     network, image_sets = network_and_images(recipe)
@@ -196,6 +209,11 @@ def assemble(
     plan = _knowing(plan, latency)
     space = maker.space(plan.table, options)
     recipe = _settled(recipe, image_sets, space, network.input.shape)
+    if recipe.search.rankings is None:
+        # A blend chooses among criteria, and begins with pure ones.
+        known = [] if facts else _applicable_rankings(network, plan)
+        search = recipe.search.model_copy(update={"rankings": known})
+        recipe = recipe.model_copy(update={"search": search})
     with _naming("proxy.criterion"):
         workload = prepare_workload(
             network,
@@ -263,7 +281,7 @@ class _Maker:
             )
         self.goals.check_reachable(*reachable_costs(space, table))
         # Made here once to refuse a wrong algorithm before anything is measured.
-        algorithm_of(self.recipe, space, self.goals, table, None)
+        algorithm_of(self.recipe, space, self.goals, table)
         return space
 
     def check_untimed(self, table: GroupTable, options: Mapping[str, Any]) -> None:
@@ -409,6 +427,12 @@ def _settled(
     return recipe.model_copy(update={"proxy": proxy, "data": data, "search": search})
 
 
+def _applicable_rankings(network: Network, plan: CuttingPlan) -> list[RankingRecipe]:
+    """Rankings that suit a network."""
+    names, _ = applicable_criteria(network.module, plan)
+    return [ranking for ranking in RANKINGS if ranking.criterion in names]
+
+
 def foresight_of(goals: Goals, table: GroupTable) -> Foresight:
     """What is known before measuring: objectives and constraints that are costs; what is saved.
 
@@ -436,24 +460,32 @@ def algorithm_of(
     space: SearchSpace,
     goals: Goals,
     table: GroupTable,
-    seeds: NDArray[np.float64] | None,
+    seeds: NDArray[np.float64] | None = None,
+    ranked: NDArray[np.float64] | None = None,
 ) -> Algorithm:
     """The recipe's algorithm; one constraint more than named, for failures."""
-    search = recipe.search
-    name = settled_algorithm(search.algorithm, space)
-    if name == "uniform" and seeds is not None and len(seeds):
-        raise ConfigError("the uniform ladder takes no seeds; leave --seed-from out")
+    settings = algorithm_settings(recipe, space)
+    if settings.name in SEQUENCES and seeds is not None and len(seeds):
+        raise ConfigError(f"search.algorithm {settings.name} takes no seeds; leave --seed-from out")
     return make_algorithm(
-        AlgorithmSettings(
-            name=name,
-            population=settled_population(search.population, name, recipe.run.workers),
-            seed=search.seed,
-            seed_share=search.seed_share,
-            options=search.options,
-        ),
+        settings,
         space,
         len(goals.objectives),
         len(goals.constraints) + 1,
         seeds,
         foresight_of(goals, table),
+        ranked,
+    )
+
+
+def algorithm_settings(recipe: Recipe, space: SearchSpace) -> AlgorithmSettings:
+    """Of the recipe's algorithm, which may be left open."""
+    search = recipe.search
+    name = settled_algorithm(search.algorithm, space)
+    return AlgorithmSettings(
+        name=name,
+        population=settled_population(search.population, name, recipe.run.workers),
+        seed=search.seed,
+        seed_share=search.seed_share,
+        options=search.options,
     )

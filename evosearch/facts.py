@@ -63,6 +63,8 @@ class RunFacts(BaseModel):
     """Of the libraries at launch."""
     seeds: tuple[tuple[float, ...], ...]
     """Genomes that the first population was to hold."""
+    ranked: tuple[tuple[float, ...], ...] = ()
+    """Genomes that rankings of channels gave; none in runs of before there were any."""
     evaluations: Count
     """The budget: distinct policies to measure."""
     state: Literal["running", "interrupted", "finished"]

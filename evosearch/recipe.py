@@ -20,10 +20,12 @@ from pydantic_core import ErrorDetails
 from evosearch.errors import ConfigError
 
 __all__ = [
+    "RANKINGS",
     "DataRecipe",
     "LatencyRecipe",
     "NetworkRecipe",
     "ProxyRecipe",
+    "RankingRecipe",
     "Recipe",
     "RunRecipe",
     "SearchRecipe",
@@ -106,6 +108,29 @@ class DataRecipe(Table):
     """Seed of these choices."""
 
 
+class RankingRecipe(Table):
+    """One of `search.rankings`: a score for all channels, and one threshold on it."""
+
+    criterion: str
+    """See `evosearch list criteria`, or your own as `module:function`."""
+    scale: Literal["none", "mean", "max"] = "max"
+    """What each group's scores are divided by: nothing, their mean, or the largest of them."""
+    power: Annotated[float, Field(ge=0)] = 1.0
+    """Scores are then divided by this power of what a channel saves; 0 ignores that."""
+
+
+RANKINGS = (
+    RankingRecipe(criterion="bn-taylor", scale="none"),
+    RankingRecipe(criterion="weight-taylor", scale="none"),
+    RankingRecipe(criterion="fermat", power=0.0),
+    RankingRecipe(criterion="activation-mean", scale="mean", power=0.5),
+    RankingRecipe(criterion="obd", scale="mean"),
+    RankingRecipe(criterion="l2", power=0.0),
+    RankingRecipe(criterion="bn-scale", scale="none", power=0.5),
+)
+"""What a search begins with where a recipe names none, the best first (docs/searching.md)."""
+
+
 class SearchRecipe(Table):
     """`[search]`: what is minimised, how, and for how long."""
 
@@ -114,8 +139,8 @@ class SearchRecipe(Table):
     constraints: list[str] = []
     """NAME <= NUMBER, with the same names, such as "macs <= 0.5"; all must hold."""
     algorithm: str | None = None
-    """surrogate, de, nsga2, gde3, nsde, level-switch, random, uniform or sensitivity; if left out,
-    surrogate where genes have levels, nsga2 elsewhere, and settled at launch."""
+    """surrogate, de, nsga2, gde3, nsde, level-switch, random, uniform, ranking or sensitivity; if
+    left out, surrogate where genes have levels, nsga2 elsewhere, and settled at launch."""
     population: Count | None = None
     """Genomes per generation; if left out, 8 for surrogate, or one per worker if those are more; 32
     for all others."""
@@ -124,7 +149,13 @@ class SearchRecipe(Table):
     seed: Seed = 0
     """Seed of the search."""
     seed_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the first population that uniform ratios may fill."""
+    """Share of the first population that rankings and uniform ratios may fill."""
+    rankings: list[RankingRecipe] | None = None
+    """What policies that are known without a search are asked first: those that one threshold on a
+    score of all channels leaves. Tables of `criterion`, `scale` (none, mean or max: what a group's
+    scores are divided by; max if left out) and `power` (of what a channel saves, by which they are
+    divided then; 1). A front begins along the first, a budget with one policy of each; [] for none.
+    If left out, those that benchmarks found best, none where criteria are blended."""
     baseline: Annotated[int, Field(ge=0)] = 32
     """Uniform ratios measured beside the search, for comparison; 0 for none."""
     racing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -355,8 +386,11 @@ def _absolute_paths(data: dict[str, Any], folder: Path) -> None:
 
 def _absolute_own_files(data: dict[str, Any], folder: Path) -> None:
     """Resolves the files of a user's own functions likewise."""
-    for name, key in (("proxy", "criterion"), ("latency", "measure")):
-        table = data.get(name)
+    search = data.get("search")
+    rankings = search.get("rankings") if isinstance(search, dict) else None
+    tables = [(data.get("proxy"), "criterion"), (data.get("latency"), "measure")]
+    tables += [(ranking, "criterion") for ranking in rankings or () if isinstance(rankings, list)]
+    for table, key in tables:
         if isinstance(table, dict) and _is_own_file(table.get(key)):
             table[key] = _from(folder, table[key])
     space = data.get("space")

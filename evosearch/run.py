@@ -34,6 +34,7 @@ from evosearch.results.export import export, front_records
 from evosearch.results.front import Results, read_results
 from evosearch.search import BASELINE, SEARCH, Outcome, Scoring, Search
 from evosearch.snapshots import snapshot_stamp
+from evosearch.starting import ranked_by_channels, seeds_of_run
 
 __all__ = ["Finished", "Observer", "StopSignal", "launch", "new_run_directory", "resume"]
 
@@ -121,20 +122,6 @@ def _check_free(run: Path) -> None:
         raise RunExists(f"{run} exists and is not empty; name another --out")
 
 
-def _seeds(source: Path, assembled: Assembled) -> list[list[float]]:
-    """Genomes of the last population of another run, best first."""
-    with Ledger.open(source) as ledger:
-        members = ledger.population()
-        groups = read_facts(ledger).groups
-    table = assembled.workload.plan.table
-    if groups != tuple((group.name, group.channels) for group in table.groups):
-        raise ConfigError(f"--seed-from {source}: that run pruned another network")
-    if not members:
-        raise ConfigError(f"--seed-from {source}: that run has no population yet")
-    members.sort(key=lambda member: (member.rank, -member.crowding))
-    return [assembled.space.encode(member.policy).tolist() for member in members]
-
-
 def launch(
     recipe: Recipe, directory: Path, observer: Observer, *, seed_from: Path | None = None
 ) -> Finished:
@@ -149,7 +136,9 @@ def launch(
     observer.phase(f"preparing {recipe.network.name}{timing}")
     assembled = assemble(recipe, settles_widths=True)
     _announce(assembled, observer)
-    seeds = _seeds(seed_from, assembled) if seed_from else []
+    seeds = seeds_of_run(seed_from, assembled) if seed_from else []
+    # What another run found is ahead of them.
+    ranked = [] if seed_from else ranked_by_channels(assembled)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
@@ -157,6 +146,7 @@ def launch(
     facts = {
         **assembled.facts(),
         "seeds": seeds,
+        "ranked": ranked,
         "evaluations": recipe.search.evaluations,
         "state": "running",
     }
@@ -338,11 +328,12 @@ def _landing(observer: Observer, track: str, budget: int) -> Callable[[Measureme
 def _search(
     assembled: Assembled, ledger: Ledger, scoring: Scoring, observer: Observer, facts: RunFacts
 ) -> Outcome:
-    seeds = np.array(facts.seeds, dtype=np.float64)
-    seeds = seeds.reshape(-1, assembled.space.n_genes)
-    algorithm = algorithm_of(
-        assembled.recipe, assembled.space, assembled.goals, assembled.workload.plan.table, seeds
+    space, table = assembled.space, assembled.workload.plan.table
+    seeds, ranked = (
+        np.array(genomes, dtype=np.float64).reshape(-1, space.n_genes)
+        for genomes in (facts.seeds, facts.ranked)
     )
+    algorithm = algorithm_of(assembled.recipe, space, assembled.goals, table, seeds, ranked)
     search = Search(assembled.space, algorithm, scoring, ledger)
     return search.run(facts.evaluations, _landing(observer, SEARCH, facts.evaluations))
 
@@ -354,9 +345,8 @@ def _baseline(
     recipe = assembled.recipe.model_copy(
         update={"search": settings.model_copy(update={"algorithm": "uniform", "options": {}})}
     )
-    algorithm = algorithm_of(
-        recipe, assembled.space, assembled.goals, assembled.workload.plan.table, None
-    )
+    table = assembled.workload.plan.table
+    algorithm = algorithm_of(recipe, assembled.space, assembled.goals, table)
     search = Search(assembled.space, algorithm, scoring, ledger, track=BASELINE)
     return search.run(settings.baseline, _landing(observer, BASELINE, settings.baseline))
 

@@ -22,6 +22,8 @@ from evosearch.space import SearchSpace
 
 __all__ = [
     "ALGORITHMS",
+    "RANKING",
+    "SEQUENCES",
     "Algorithm",
     "AlgorithmSettings",
     "Foresight",
@@ -30,15 +32,20 @@ __all__ = [
     "Resumable",
     "State",
     "make_algorithm",
+    "ranked_count",
     "settled_algorithm",
     "settled_population",
 ]
 
 FloatArray = NDArray[np.float64]
 
-SURROGATE = "surrogate"
+SURROGATE, RANKING = "surrogate", "ranking"
+SEQUENCES = ("uniform", RANKING)
+"""Algorithms that ask for a given sequence of policies."""
 # What the benchmarks of search efficiency found best, and what is customary.
 _FEW, _MANY = 8, 32
+# 24 rungs of a ranking before the models were no better than 16, and 8 were worse.
+_RANKED = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +56,7 @@ class AlgorithmSettings:
         name: A name from ALGORITHMS.
         population: Genomes per generation.
         seed: Of everything random.
-        seed_share: Share of the first population that uniform ratios may fill.
+        seed_share: Share of the first population that rankings and uniform ratios may fill.
         options: Options of the algorithm; unknown ones are refused.
     """
 
@@ -69,6 +76,7 @@ class Problem:
         n_objectives, n_constraints: Numbers it will be told per genome.
         foresight: What is known of policies without measuring them.
         seeds: `(m, n_genes)` put into the first population before everything else.
+        ranked: `(m, n_genes)` that rankings of channels gave, the most telling first.
     """
 
     space: SearchSpace
@@ -76,6 +84,7 @@ class Problem:
     n_constraints: int
     foresight: Foresight
     seeds: FloatArray
+    ranked: FloatArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +123,15 @@ def _options(entry: Entry, given: Mapping[str, Any], name: str) -> Any:
     return entry.options(**given) if entry.options else None
 
 
-def _initial(settings: AlgorithmSettings, problem: Problem) -> FloatArray:
+def _initial(
+    settings: AlgorithmSettings, problem: Problem, ranked: FloatArray | None = None
+) -> FloatArray:
     return initial_population(
         problem.space,
         settings.population,
         settings.seed,
         seeds=problem.seeds,
+        ranked=problem.ranked if ranked is None else ranked,
         seed_share=settings.seed_share,
     )
 
@@ -174,8 +186,9 @@ def _level_switch(
 def _surrogate(
     settings: AlgorithmSettings, options: SurrogateOptions, problem: Problem
 ) -> Algorithm:
+    # Its models learn most from what is spread widely, so rankings come besides.
     return SurrogateSearch(
-        _initial(settings, problem),
+        [problem.ranked, _initial(settings, problem, problem.ranked[:0])],
         problem.space,
         problem.foresight,
         problem.n_objectives,
@@ -204,8 +217,15 @@ def _random(settings: AlgorithmSettings, _options: None, problem: Problem) -> Al
 
 
 def _uniform(settings: AlgorithmSettings, _options: None, problem: Problem) -> Algorithm:
-    ladder = problem.space.ladder(10**6)
-    return FixedSequence(ladder, settings.population, problem.n_objectives, problem.n_constraints)
+    return _sequence(problem.space.ladder(10**6), settings, problem)
+
+
+def _ranking(settings: AlgorithmSettings, _options: None, problem: Problem) -> Algorithm:
+    return _sequence(problem.ranked, settings, problem)
+
+
+def _sequence(genomes: FloatArray, settings: AlgorithmSettings, problem: Problem) -> Algorithm:
+    return FixedSequence(genomes, settings.population, problem.n_objectives, problem.n_constraints)
 
 
 ALGORITHMS: dict[str, Entry] = {
@@ -248,6 +268,10 @@ ALGORITHMS: dict[str, Entry] = {
     ),
     "random": Entry(title="random genomes after the same first population", make=_random),
     "uniform": Entry(title="the ladder of uniform ratios", make=_uniform),
+    RANKING: Entry(
+        title="one threshold on a score of all channels: global pruning, no evolution",
+        make=_ranking,
+    ),
     "sensitivity": Entry(
         title="each gene alone, then a ladder from what that costs: no evolution",
         make=_sensitivity,
@@ -277,6 +301,17 @@ def settled_population(wish: int | None, name: str, workers: int) -> int:
     return max(_FEW, workers) if name == SURROGATE else _MANY
 
 
+def ranked_count(settings: AlgorithmSettings) -> int | None:
+    """How many genomes of rankings an algorithm makes use of; None for all that there are."""
+    if settings.name == RANKING:
+        return None
+    if settings.name in ("uniform", "sensitivity"):
+        return 0
+    if settings.name == SURROGATE:
+        return _RANKED
+    return int(settings.population * settings.seed_share)
+
+
 def make_algorithm(
     settings: AlgorithmSettings,
     space: SearchSpace,
@@ -284,6 +319,7 @@ def make_algorithm(
     n_constraints: int,
     seeds: FloatArray | None = None,
     foresight: Foresight | None = None,
+    ranked: FloatArray | None = None,
 ) -> Algorithm:
     """Makes an algorithm.
 
@@ -294,6 +330,7 @@ def make_algorithm(
         n_constraints: Likewise.
         seeds: `(m, n_genes)` put into the first population before everything else.
         foresight: What is known of policies without measuring them; None if nothing is.
+        ranked: `(m, n_genes)` that rankings of channels gave, the most telling first.
 
     Raises:
         ConfigError: No such algorithm, too small a population, an unknown option, several
@@ -315,11 +352,13 @@ def make_algorithm(
             f"the others into search.constraints, or use {several}"
         )
     options = _options(entry, settings.options, name)
+    nothing = np.empty((0, space.n_genes))
     problem = Problem(
         space=space,
         n_objectives=n_objectives,
         n_constraints=n_constraints,
         foresight=foresight or nothing_known(n_objectives, n_constraints),
-        seeds=np.empty((0, space.n_genes)) if seeds is None else seeds,
+        seeds=nothing if seeds is None else seeds,
+        ranked=nothing if ranked is None else ranked,
     )
     return entry.make(settings, options, problem)

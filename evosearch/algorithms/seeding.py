@@ -1,14 +1,26 @@
-"""The first population: known good genomes first, then an even spread of random ones."""
+"""The first population: known good genomes first, then an even spread of random ones.
+
+Good ones are those of paths from wide to narrow, such as a rising threshold on scores leaves, and
+the ladder of uniform ratios.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evosearch.algorithms.foresight import Foresight
+from evosearch.pareto import total_violation
+from evosearch.policy import Policy
 from evosearch.space import SearchSpace, unique_rows
 
-__all__ = ["initial_population"]
+__all__ = ["halves", "initial_population", "ranked_genomes"]
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 _TRIES = 20
+# So many rungs of a path are looked at, spread over what they cost.
+_RUNGS = 256
 
 
 def _latin_hypercube(n: int, n_genes: int, rng: np.random.Generator) -> FloatArray:
@@ -18,7 +30,13 @@ def _latin_hypercube(n: int, n_genes: int, rng: np.random.Generator) -> FloatArr
 
 
 def initial_population(
-    space: SearchSpace, size: int, seed: int, *, seeds: FloatArray, seed_share: float = 0.5
+    space: SearchSpace,
+    size: int,
+    seed: int,
+    *,
+    seeds: FloatArray,
+    ranked: FloatArray | None = None,
+    seed_share: float = 0.5,
 ) -> FloatArray:
     """Genomes to start from, distinct as policies as far as the space allows.
 
@@ -27,14 +45,17 @@ def initial_population(
         size: How many.
         seed: Of the random part.
         seeds: `(m, n_genes)` taken first, at most `size` of them.
-        seed_share: The ladder of uniform ratios may fill the population up to this share.
+        ranked: `(m, n_genes)` taken next, and then the ladder of uniform ratios.
+        seed_share: Up to this share of the population.
 
     Returns:
         `(size, n_genes)` in [0, 1].
     """
     rng = np.random.default_rng(seed)
-    ladder = space.ladder(max(0, int(size * seed_share) - len(seeds)))
-    chosen = np.concatenate([seeds[:size], ladder])
+    open_places = max(0, int(size * seed_share) - len(seeds))
+    known = np.empty((0, space.n_genes)) if ranked is None else ranked[:open_places]
+    ladder = space.ladder(open_places - len(known))
+    chosen = np.concatenate([seeds[:size], known, ladder])
     chosen = chosen[unique_rows(space.decode(chosen))] if len(chosen) else chosen
     for _ in range(_TRIES):
         missing = size - len(chosen)
@@ -48,3 +69,88 @@ def initial_population(
     if missing > 0:
         chosen = np.concatenate([chosen, rng.random((missing, space.n_genes))])
     return chosen[:size]
+
+
+def ranked_genomes(
+    paths: Sequence[IntArray], space: SearchSpace, foresight: Foresight, n: int | None = None
+) -> FloatArray:
+    """Genomes of paths, to begin with.
+
+    Where cheapness is an objective they are of the first path, spread evenly over what policies
+    cost. Elsewhere they are one of each path: the widest within the constraints, or, in a space
+    that spends a budget, the one that the space changes least.
+
+    Args:
+        paths: Each `(n_rungs, n_groups)` kept channels, from wide to narrow; the best first.
+        space: What genomes mean.
+        foresight: Knows costs and constraints.
+        n: At most so many; all of the first path if None.
+
+    Returns:
+        `(m, n_genes)`, distinct as policies, in an order whose every beginning is spread about
+        evenly.
+    """
+    paths = paths[:1] if _a_front(space, foresight) else paths
+    found = []
+    for path in paths:
+        genomes, cost = _rungs(path, space, foresight)
+        if len(paths) > 1 or n is None or not len(genomes):
+            rows = halves(len(genomes))[: 1 if len(paths) > 1 else None]
+        else:
+            wanted = np.linspace(cost.max(), cost.min(), n + 2)[1:-1]
+            nearest = np.abs(cost - wanted[:, None]).argmin(axis=1)
+            rows = nearest[halves(n)].tolist()
+        found.append(genomes[rows])
+    chosen = np.concatenate([np.empty((0, space.n_genes)), *found])
+    distinct = chosen[unique_rows(space.decode(chosen))] if len(chosen) else chosen
+    return distinct[:n]
+
+
+def _spends(space: SearchSpace) -> bool:
+    """Whether all policies spend one budget: neither the widest nor the narrowest is one."""
+    ends = [space.cheapest(), space.dearest()]
+    decoded = space.decode(np.array([space.encode(end) for end in ends]))
+    return not any(one.keep == end.keep for one, end in zip(decoded, ends, strict=True))
+
+
+def _a_front(space: SearchSpace, foresight: Foresight) -> bool:
+    """Whether policies of different costs are wanted."""
+    known = foresight([space.dearest()])
+    return not (_spends(space) or bool(np.isnan(known.objectives).all()))
+
+
+def _rungs(
+    path: IntArray, space: SearchSpace, foresight: Foresight
+) -> tuple[FloatArray, FloatArray]:
+    """Genomes along a path within bounds and constraints, from wide to narrow, and their costs.
+
+    In a space that spends a budget the first is the one that it changes least.
+    """
+    low, high = (np.array(end.keep) for end in (space.cheapest(), space.dearest()))
+    policies = list(dict.fromkeys(Policy(tuple(row)) for row in np.clip(path, low, high).tolist()))
+    own = foresight(policies).cost
+    wanted = np.linspace(own.max(), own.min(), _RUNGS)
+    policies = [
+        policies[row] for row in dict.fromkeys(np.abs(own - wanted[:, None]).argmin(axis=1))
+    ]
+    genomes = np.array([space.encode(policy) for policy in policies])
+    decoded = space.decode(genomes)
+    if _spends(space):
+        kept, wished = (np.array([p.keep for p in some]) for some in (decoded, policies))
+        order = np.argsort((np.abs(kept - wished) / high).sum(axis=1), kind="stable")
+        genomes, decoded = genomes[order], [decoded[row] for row in order]
+    known = foresight(decoded)
+    affordable = total_violation(np.nan_to_num(known.violations, nan=0.0)) <= 0
+    return genomes[affordable], known.cost[affordable]
+
+
+def halves(n: int) -> list[int]:
+    """0 to n - 1 in such an order that every beginning of it is spread about evenly."""
+    order, parts = [0, n - 1], [(0, n - 1)]
+    while parts:
+        low, high = parts.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            order.append(middle)
+            parts += [(low, middle), (middle, high)]
+    return list(dict.fromkeys(order))[:n]

@@ -13,6 +13,7 @@ from evosearch.algorithms.base import State
 from evosearch.algorithms.baselines import Survivors
 from evosearch.algorithms.foresight import Foresight
 from evosearch.algorithms.options import check_range
+from evosearch.algorithms.seeding import halves
 from evosearch.algorithms.sweep import Sweep
 from evosearch.space import SearchSpace
 
@@ -81,7 +82,7 @@ class SensitivitySweep(Survivors):
         self._rises += [float(v) for v in objectives[:, measured[0] if len(measured) else 0]]
         if len(self._rises) == self._sweep_size:
             path = self._sweep.path(np.array(self._rises))
-            self._left = path[_halves(len(path))]
+            self._left = path[halves(len(path))]
             self._rises = None
 
     def state(self) -> State:
@@ -94,15 +95,3 @@ class SensitivitySweep(Survivors):
         self._left = state["left"].copy()
         self._rises = state["rises"].tolist() if "rises" in state else None
         return super().restore(state)
-
-
-def _halves(n: int) -> list[int]:
-    """0 to n - 1 in such an order that every beginning of it is spread about evenly."""
-    order, parts = [0, n - 1], [(0, n - 1)]
-    while parts:
-        low, high = parts.pop(0)
-        if high - low > 1:
-            middle = (low + high) // 2
-            order.append(middle)
-            parts += [(low, middle), (middle, high)]
-    return list(dict.fromkeys(order))

@@ -6,7 +6,8 @@ instead of the scorers; those that promise the largest hypervolume beyond the fr
 For a share of them the promise is that of a random function from the posterior [Bradford2018],
 which explores where the model is unsure; for the others, that of its mean.
 
-On request a sweep comes before that: each gene alone, and the ladder that follows.
+Before that it asks for policies that rankings of channels gave, which are good, and for a first
+population, which is spread; on request for a sweep: each gene alone, and the ladder that follows.
 
 Nothing is kept between asks but what was told, the last fit and the state of one generator, so a
 replay asks for the same.
@@ -16,6 +17,7 @@ References:
         processes, spectral sampling and a genetic algorithm", J. Global Optimization 71, 2018.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +79,8 @@ class SurrogateSearch(Survivors):
     """Level moves, pre-screened by Gaussian processes.
 
     Args:
-        initial: `(n, n_genes)` asked first; also says how many are asked at a time.
+        first: What is asked before the models are, `(n, n_genes)` each; the size of the last also
+            says how many are asked at a time.
         space: What genomes mean; its genes must have levels.
         foresight: What is known of policies without measuring them.
         n_objectives, n_constraints: What it will be told.
@@ -87,7 +90,7 @@ class SurrogateSearch(Survivors):
 
     def __init__(
         self,
-        initial: FloatArray,
+        first: Sequence[FloatArray],
         space: SearchSpace,
         foresight: Foresight,
         n_objectives: int,
@@ -95,16 +98,15 @@ class SurrogateSearch(Survivors):
         seed: int,
         options: SurrogateOptions,
     ) -> None:
-        super().__init__(len(initial), n_objectives, n_constraints)
+        super().__init__(len(first[-1]), n_objectives, n_constraints)
         self._options = options
         self._space = space
         self._foresight = foresight
         self._moves = LevelMoves(space, lambda policies: foresight(policies).cost, options)
         self._forecaster = Forecaster(space, foresight)
         self._rng = np.random.default_rng(seed)
-        self._initial: FloatArray | None = initial.copy()
         # What is asked before the models are, and the sweep that more of it will follow from.
-        self._queue: FloatArray = np.empty((0, space.n_genes))
+        self._queue: FloatArray = np.concatenate(first)
         self._sweep: Sweep | None = None
         if options.sweep:
             self._begin(Sweep(space, foresight, int(options.sweep)))
@@ -115,9 +117,7 @@ class SurrogateSearch(Survivors):
     def ask(self) -> FloatArray | None:
         """The next genomes; None while a sweep is not told yet."""
         self._guard.before_ask()
-        if self._initial is not None:
-            genomes, self._initial = self._initial, None
-        elif self._sweep is not None and not len(self._queue) and not self._end_sweep():
+        if self._sweep is not None and not len(self._queue) and not self._end_sweep():
             return None
         elif len(self._queue):
             genomes, self._queue = self._queue[: self._size], self._queue[self._size :]
@@ -149,7 +149,6 @@ class SurrogateSearch(Survivors):
 
     def restore(self, state: State) -> list[FloatArray]:
         """Goes on from a state; returns the open asks."""
-        self._initial = None
         self._rng = generator_in(state["rng"])
         # Snapshots of before there were sweeps have neither.
         self._queue = state["queue"].copy() if "queue" in state else self._queue[:0]
@@ -172,7 +171,7 @@ class SurrogateSearch(Survivors):
         known = self._foresight(self._space.decode(sweep.genomes))
         affordable = total_violation(np.nan_to_num(known.violations, nan=0.0)) <= 0
         if sweep.saves and affordable.all() and np.isnan(known.objectives).any():
-            self._sweep, self._queue = sweep, sweep.genomes
+            self._sweep, self._queue = sweep, np.concatenate([self._queue, sweep.genomes])
 
     def _end_sweep(self) -> bool:
         """Queues rungs of the sweep's ladder, one for each gene; not until all of it was told."""

@@ -4,19 +4,27 @@ from functools import cache
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from evosearch.algorithms import (
     ALGORITHMS,
+    SEQUENCES,
     Algorithm,
     AlgorithmSettings,
     Resumable,
     make_algorithm,
+    ranked_count,
 )
 from evosearch.errors import ConfigError
 from evosearch.networks import NetworkSpec, load_network
+from evosearch.policy import Policy
+from evosearch.pruning.criteria import channel_scores
 from evosearch.pruning.groups import trace
+from evosearch.pruning.ranking import importance, savings, thresholds
 from evosearch.space import SearchSpace, make_space
 from evosearch.testing import AlgorithmContract
+
+FloatArray = NDArray[np.float64]
 
 
 @cache
@@ -25,10 +33,21 @@ def space() -> SearchSpace:
     return make_space("layer-sparsity", table, {})
 
 
+@cache
+def ranked() -> FloatArray:
+    """Rungs of the ranking of all channels by the norm of their filters."""
+    network = load_network(NetworkSpec(name="resnet20"))
+    plan = trace(network)
+    scores = channel_scores(network.module, plan, ["l2"])[0]
+    path = thresholds(importance(scores, plan.table), plan.table, savings(plan.table), 1.0)
+    return np.array([space().encode(Policy(tuple(row))) for row in path[::2].tolist()])
+
+
 def build(name: str, population: int, seed: int = 1, constraints: int = 2) -> Algorithm:
     objectives = 1 if ALGORITHMS[name].single_objective else 2
     settings = AlgorithmSettings(name=name, population=population, seed=seed, options={})
-    return make_algorithm(settings, space(), objectives, constraints)
+    known = ranked()[: ranked_count(settings)]
+    return make_algorithm(settings, space(), objectives, constraints, ranked=known)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -38,7 +57,7 @@ class TestAlgorithms(AlgorithmContract):
         self.name = name
         self.n_genes = space().n_genes
         self.n_objectives = 1 if ALGORITHMS[name].single_objective else 2
-        self.seeded = name not in ("uniform", "sensitivity")
+        self.seeded = name not in (*SEQUENCES, "sensitivity")
 
     def make(self, seed: int) -> Algorithm:
         return build(self.name, 8, seed, self.n_constraints)
@@ -96,6 +115,36 @@ def test_seed_genomes_come_first_in_the_first_ask() -> None:
         asked = make_algorithm(settings, space(), 2, 1, seeds).ask()
         assert asked is not None
         assert np.array_equal(asked[:3], seeds)
+
+
+@pytest.mark.parametrize("name", ["nsga2", "gde3", "nsde", "level-switch", "random"])
+def test_rankings_fill_their_share_of_the_first_population(name: str) -> None:
+    asked = build(name, 8).ask()
+    assert asked is not None
+    assert np.array_equal(asked[:4], ranked()[:4])
+    settings = AlgorithmSettings(name=name, population=8, seed=1, options={})
+    few = make_algorithm(settings, space(), 2, 1, ranked=ranked()[5:6]).ask()
+    assert few is not None
+    assert np.array_equal(few[:4], [ranked()[5], *space().ladder(3)])
+
+
+def test_surrogate_asks_for_rankings_and_then_for_a_first_population_without_them() -> None:
+    settings = AlgorithmSettings(name="surrogate", population=8, seed=1, options={})
+    with_them = make_algorithm(settings, space(), 2, 1, ranked=ranked()[:8])
+    first = with_them.ask()
+    assert np.array_equal(first, ranked()[:8])
+    with_them.tell(np.zeros((8, 2)), np.zeros((8, 1)))
+    plain = make_algorithm(settings, space(), 2, 1).ask()
+    assert np.array_equal(with_them.ask(), plain)
+
+
+def test_ranking_asks_for_its_rungs_and_then_for_nothing() -> None:
+    algorithm = build("ranking", 16)
+    parts = []
+    while (genomes := algorithm.ask()) is not None:
+        parts.append(genomes)
+        algorithm.tell(np.zeros((len(genomes), 2)), np.zeros((len(genomes), 2)))
+    assert np.array_equal(np.concatenate(parts), ranked())
 
 
 def test_the_first_population_holds_no_policy_twice() -> None:

@@ -137,11 +137,13 @@ class Bench:
             objectives=("error",) if single else ("error", "macs"),
             constraints=tuple(map(Constraint.parse, self.constraints)),
         )
+        sequence = np.random.default_rng(3).random((2 * BUDGET, space.n_genes))
         algorithm = make_algorithm(
             AlgorithmSettings(name=self.algorithm, population=self.population, seed=3, options={}),
             space,
             len(goals.objectives),
             len(goals.constraints) + 1,
+            ranked=sequence if self.algorithm == "ranking" else None,
         )
         scoring = Scoring(
             table=self.table,

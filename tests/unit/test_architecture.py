@@ -29,7 +29,7 @@ LAYERS = (
         "evosearch.run",
         "evosearch.status",
     ),
-    ("evosearch.checking",),
+    ("evosearch.checking", "evosearch.starting"),
     ("evosearch.results",),
     ("evosearch.assembly", "evosearch.testing"),
     ("evosearch.search",),
@@ -80,6 +80,7 @@ LIGHT = (
     "evosearch.space",
     "evosearch.status",
     "evosearch.pruning.blending",
+    "evosearch.pruning.ranking",
     "search_spaces.criterion_blend",
     "search_spaces.layer_sparsity",
 )

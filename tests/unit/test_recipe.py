@@ -248,16 +248,20 @@ def test_paths_are_looked_for_beside_the_recipe(tmp_path: Path) -> None:
     for name in ("w.safetensors", "net.py", "train.npz", "test.npz"):
         (tmp_path / name).touch()
     (tmp_path / "images").mkdir()
+    (tmp_path / "mine.py").touch()
     path = tmp_path / "r.toml"
     path.write_text(
         '[network]\nname = "net.py:make"\nweights = "w.safetensors"\n'
         '[data]\nname = "train.npz"\ntest = "test.npz"\nroot = "images"\n'
+        '[search]\nrankings = [{ criterion = "mine.py:oddness" }, { criterion = "l1" }]\n'
     )
     found = load_recipe(str(path))
     assert found.network.name == f"{tmp_path / 'net.py'}:make"
     assert found.network.weights == str(tmp_path / "w.safetensors")
     assert found.data.name == str(tmp_path / "train.npz")
     assert (found.data.test, found.data.root) == (str(tmp_path / "test.npz"), f"{tmp_path}/images")
+    named = [ranking.criterion for ranking in found.search.rankings or ()]
+    assert named == [f"{tmp_path / 'mine.py'}:oddness", "l1"]
 
 
 def test_paths_that_are_not_beside_the_recipe_start_where_the_command_runs(
@@ -312,6 +316,7 @@ RELEVANT = {
     "search.seed_share": 0.3,
     "search.baseline": 3,
     "search.racing": 0.1,
+    "search.rankings": [{"criterion": "l1", "scale": "none", "power": 0.0}],
     "search.overlap": True,
     "search.options": {"f": 1.0},
     "proxy.name": "raw",

@@ -1,0 +1,98 @@
+"""What a search begins with: the last population of another run, or what rankings of channels give.
+
+Either is worked out once, at launch, and is a fact of the run from then on.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evosearch.algorithms import RANKING, ranked_count
+from evosearch.algorithms.seeding import ranked_genomes
+from evosearch.assembly import Assembled, algorithm_settings, foresight_of
+from evosearch.errors import ConfigError
+from evosearch.facts import read_facts
+from evosearch.ledger import Ledger
+from evosearch.pruning.criteria import channel_scores
+from evosearch.pruning.ranking import importance, savings, thresholds
+from evosearch.recipe import RankingRecipe
+from evosearch.scoring.workload import Workload, samples_of, single_thread
+
+__all__ = ["ranked_by_channels", "ranked_paths", "seeds_of_run"]
+
+IntArray = NDArray[np.int64]
+
+
+def seeds_of_run(source: Path, assembled: Assembled) -> list[list[float]]:
+    """Genomes of the last population of another run, best first.
+
+    Raises:
+        ConfigError: It has none, or pruned another network.
+    """
+    with Ledger.open(source) as ledger:
+        members = ledger.population()
+        groups = read_facts(ledger).groups
+    table = assembled.workload.plan.table
+    if groups != tuple((group.name, group.channels) for group in table.groups):
+        raise ConfigError(f"--seed-from {source}: that run pruned another network")
+    if not members:
+        raise ConfigError(f"--seed-from {source}: that run has no population yet")
+    members.sort(key=lambda member: (member.rank, -member.crowding))
+    return [assembled.space.encode(member.policy).tolist() for member in members]
+
+
+def ranked_by_channels(assembled: Assembled) -> list[list[float]]:
+    """Genomes of the policies that the recipe's rankings leave, as many as its algorithm takes.
+
+    Raises:
+        ConfigError: The algorithm asks for nothing else, and there are none.
+        NetworkError: A criterion does not apply to the network.
+    """
+    settings = algorithm_settings(assembled.recipe, assembled.space)
+    count = ranked_count(settings)
+    if not assembled.recipe.search.rankings:
+        if settings.name == RANKING:
+            raise ConfigError(
+                "search.algorithm ranking asks for search.rankings, and there are none; name some"
+            )
+        return []
+    if count == 0:
+        return []
+    table = assembled.workload.plan.table
+    foresight = foresight_of(assembled.goals, table)
+    paths = ranked_paths(assembled.workload, assembled.recipe.search.rankings, assembled.spent)
+    found = ranked_genomes(paths, assembled.space, foresight, count)
+    genomes: list[list[float]] = found.tolist()
+    return genomes
+
+
+def ranked_paths(
+    workload: Workload, rankings: Sequence[RankingRecipe], cost: str
+) -> list[IntArray]:
+    """Of each ranking what a rising threshold leaves, `(n_rungs, n_groups)` kept channels.
+
+    Args:
+        workload: Network and calibration images.
+        rankings: At least one.
+        cost: What is to be saved: `macs`, `params` or `latency`.
+
+    Raises:
+        NetworkError: A criterion does not apply to the network.
+    """
+    network, table, settings = workload.network(), workload.plan.table, workload.settings
+    names = list(dict.fromkeys(ranking.criterion for ranking in rankings))
+    with single_thread():
+        samples = samples_of(network, workload.calibration, settings.together, settings.labels)
+        rows = channel_scores(
+            network.module, workload.plan, names, samples, None, settings.coupling
+        )
+    scores = dict(zip(names, rows, strict=True))
+    saved = savings(table, cost)
+    return [
+        thresholds(
+            importance(scores[ranking.criterion], table, ranking.scale), table, saved, ranking.power
+        )
+        for ranking in rankings
+    ]

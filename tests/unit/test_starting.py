@@ -1,0 +1,155 @@
+"""What a search begins with: rankings of the channels of a real network."""
+
+import re
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from evosearch.assembly import Assembled, assemble
+from evosearch.errors import ConfigError, NetworkError
+from evosearch.policy import Policy
+from evosearch.pruning.criteria import channel_scores
+from evosearch.recipe import RANKINGS, change_recipe, load_recipe
+from evosearch.starting import ranked_by_channels
+
+L1 = [{"criterion": "l1", "scale": "mean", "power": 0.0}]
+FEW = {
+    "data.calibration": 64,
+    "data.validation": 64,
+    "data.check": 0,
+    "proxy.name": "raw",
+    "proxy.criterion": "l1",
+    "run.workers": 0,
+}
+
+
+class Bare(nn.Module):
+    """Two convolutions and no batch norm."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Conv2d(3, 12, 3, 4), nn.Conv2d(12, 16, 3, 2)
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.two(self.one(x).relu()).relu().mean((2, 3)))
+
+
+def made(**changes: Any) -> Assembled:
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    return assemble(change_recipe(load_recipe("quickstart"), {**FEW, **dotted}, "a test"))
+
+
+@cache
+def default() -> Assembled:
+    return made()
+
+
+def policies(assembled: Assembled) -> list[Policy]:
+    return assembled.space.decode(np.array(ranked_by_channels(assembled)))
+
+
+def shares(assembled: Assembled, found: list[Policy]) -> list[float]:
+    shown: list[float] = assembled.workload.plan.table.shares_of(found)["macs"].tolist()
+    return shown
+
+
+def test_rankings_left_open_are_settled_and_written_down() -> None:
+    assert default().recipe.search.rankings == list(RANKINGS)
+    assert 'criterion = "bn-taylor"' in default().recipe.to_toml()
+
+
+def test_a_front_begins_along_the_first_ranking() -> None:
+    found = policies(default())
+    assert len(found) == 16
+    spent = sorted(shares(default(), found))
+    assert spent[0] < 0.2
+    assert spent[-1] > 0.8
+    first = [RANKINGS[0].model_dump()]
+    assert policies(made(search__rankings=first)) == found
+
+
+def test_a_budget_begins_with_one_policy_of_each_ranking() -> None:
+    assembled = made(space__project_onto={"macs": 0.5}, search__objectives=["error"])
+    found = policies(assembled)
+    assert len(set(found)) == len(found) == len(RANKINGS)
+    assert all(0.48 < share <= 0.5 for share in shares(assembled, found))
+
+
+def test_a_policy_keeps_the_channels_above_one_threshold() -> None:
+    assembled = made(search__rankings=L1)
+    workload = assembled.workload
+    table = workload.plan.table
+    scores = channel_scores(workload.network().module, workload.plan, ["l1"])[0]
+    parts = np.split(scores, table.offsets[1:])
+    told = 0
+    for policy in policies(assembled):
+        gone, stay = [], []
+        for part, k, group in zip(parts, policy.keep, table.groups, strict=True):
+            order = np.sort(part / part.mean())
+            # What a bound takes or leaves tells nothing.
+            if 0.2 * group.channels < k < group.channels:
+                gone.append(order[: len(order) - k].max())
+                stay.append(order[len(order) - k :].min())
+        assert not gone or max(gone) <= min(stay)
+        told += len(gone)
+    assert told > 40
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "count"), [("nsga2", 4), ("random", 4), ("uniform", 0), ("sensitivity", 0)]
+)
+def test_algorithms_take_as_many_as_they_use(algorithm: str, count: int) -> None:
+    assembled = made(search__algorithm=algorithm, search__population=8)
+    assert len(ranked_by_channels(assembled)) == count
+
+
+def test_ranking_alone_asks_for_all_rungs() -> None:
+    assembled = made(search__algorithm="ranking", search__rankings=L1)
+    found = policies(assembled)
+    assert len(set(found)) == len(found) > 100
+
+
+@pytest.mark.parametrize("algorithm", ["surrogate", "ranking"])
+def test_no_rankings_are_none(algorithm: str) -> None:
+    assembled = made(search__algorithm=algorithm, search__rankings=[])
+    if algorithm == "ranking":
+        with pytest.raises(ConfigError, match=r"ranking asks for search\.rankings, and there are"):
+            ranked_by_channels(assembled)
+    else:
+        assert ranked_by_channels(assembled) == []
+
+
+def test_blends_begin_with_pure_criteria_instead() -> None:
+    space = {"name": "criterion-blend", "criteria": ["l1", "l2", "apoz"], "sparsity": [0.0, 0.9]}
+    assembled = made(space=space, search__algorithm="nsga2")
+    assert assembled.recipe.search.rankings == []
+
+
+def test_networks_without_batch_norm_are_ranked_by_their_weights() -> None:
+    assembled = made(network={"name": f"{__name__}:Bare"})
+    names = [ranking.criterion for ranking in assembled.recipe.search.rankings or ()]
+    assert names[0] == "weight-taylor"
+    assert not any(name.startswith("bn-") for name in names)
+    assert ranked_by_channels(assembled)
+
+
+def test_wrong_rankings_are_told_by_field() -> None:
+    wrong = {"criterion": "beauty"}
+    with pytest.raises(ConfigError, match=r"search\.rankings: no criterion 'beauty'; there are"):
+        made(search__rankings=[wrong])
+    sentence = "search.rankings.0.scale: input should be 'none', 'mean' or 'max', got 'sum'"
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        made(search__rankings=[{"criterion": "l1", "scale": "sum"}])
+
+
+def test_a_criterion_that_does_not_apply_is_named_with_the_group() -> None:
+    named = [{"criterion": "bn-scale"}]
+    assembled = made(network={"name": f"{__name__}:Bare"}, search__rankings=named)
+    with pytest.raises(NetworkError, match=r"bn-scale needs a batch norm, and group \w+ has none"):
+        ranked_by_channels(assembled)
