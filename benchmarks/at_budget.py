@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import fastnas
+import global_pruning
 import numpy as np
 from common import images
+from rivals import Rival
 
 from evosearch.assembly import Assembled, assemble
 from evosearch.data import Images
@@ -45,14 +47,21 @@ QUICK = {
     "proxy.reconstruction_images": 64,
     "data.validation": 64,
 }
-FINALS = (L1, COMPENSATED, RECONSTRUCTED, RECONSTRUCTED_L1, VARIANCE, fastnas.PROXY)
-RANDOM = {"search.algorithm": "random", "search.seed_share": 0.0}
-SURROGATE = {"search.algorithm": "surrogate", "search.population": 8}
-FRONT = {**SURROGATE, "search.objectives": ["distortion", "macs"]}
-SWEEP = {**FRONT, "search.algorithm": "sensitivity", "search.options": {"values": 1}}
+FINALS = (
+    *(L1, COMPENSATED, RECONSTRUCTED, RECONSTRUCTED_L1, VARIANCE),
+    *(fastnas.PROXY, global_pruning.PROXY),
+)
 DISTORTION, ERROR, MARGIN = (
     {"search.objectives": [metric]} for metric in ("distortion", "error", "margin")
 )
+RANDOM = {"search.algorithm": "random", "search.seed_share": 0.0}
+SURROGATE = {"search.algorithm": "surrogate", "search.population": 8}
+FRONT = {**SURROGATE, "search.objectives": ["distortion", "macs"]}
+RANKED = {
+    "search.algorithm": "ranking",
+    "search.rankings": [{"criterion": "bn-taylor", "scale": "none", "power": 1.0}],
+}
+SWEEP = {**FRONT, "search.algorithm": "sensitivity", "search.options": {"values": 1}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +77,14 @@ class Method:
     """
 
     proxy: Mapping[str, Any]
-    search: Mapping[str, Any] | fastnas.FastNAS | None = None
+    search: Mapping[str, Any] | Rival | None = None
     final: Mapping[str, Any]
     longer: int = 1
 
     @property
     def seeded(self) -> bool:
         """Whether another seed finds another policy."""
-        return isinstance(self.search, Mapping)
+        return isinstance(self.search, Mapping) and self.search.get("search.algorithm") != "ranking"
 
     @property
     def serves_all(self) -> bool:
@@ -102,6 +111,24 @@ METHODS = {
     "FastNAS, divergence, reconstructed": Method(
         proxy=fastnas.PROXY, search=fastnas.FastNAS(score="divergence"), final=RECONSTRUCTED
     ),
+    "Torch-Pruning, global": Method(
+        proxy=global_pruning.PROXY,
+        search=global_pruning.GlobalPruning(),
+        final=global_pruning.PROXY,
+    ),
+    "Torch-Pruning, global, reconstructed": Method(
+        proxy=global_pruning.PROXY,
+        search=global_pruning.GlobalPruning(),
+        final=RECONSTRUCTED,
+    ),
+    "Torch-Pruning, global Taylor, reconstructed": Method(
+        proxy=global_pruning.PROXY,
+        search=global_pruning.GlobalPruning(importance="taylor"),
+        final=RECONSTRUCTED,
+    ),
+    "ranked, Taylor per MAC, reconstructed": Method(
+        proxy=RECONSTRUCTED, search={**RANKED, **DISTORTION}, final=RECONSTRUCTED
+    ),
     "searched, divergence": Method(proxy=RECONSTRUCTED, search=SURROGATE, final=RECONSTRUCTED),
     "searched, error": Method(
         proxy=RECONSTRUCTED, search={**SURROGATE, **ERROR}, final=RECONSTRUCTED
@@ -111,6 +138,11 @@ METHODS = {
     ),
     "searched, distortion": Method(
         proxy=RECONSTRUCTED, search={**SURROGATE, **DISTORTION}, final=RECONSTRUCTED
+    ),
+    "searched, distortion, unranked": Method(
+        proxy=RECONSTRUCTED,
+        search={**SURROGATE, **DISTORTION, "search.rankings": []},
+        final=RECONSTRUCTED,
     ),
     "sensitivity sweep": Method(proxy=RECONSTRUCTED, search=SWEEP, final=RECONSTRUCTED),
     "searched, front of distortion": Method(proxy=RECONSTRUCTED, search=FRONT, final=RECONSTRUCTED),
@@ -253,7 +285,7 @@ def searched(where: Setting, changes: Mapping[str, Any], folder: Path, share: fl
     return Chosen(
         policy=best.policy,
         value=best.values[objective],
-        evaluations=loaded.search.evaluations,
+        evaluations=len(rows),
         seconds=where.seconds[folder],
     )
 
@@ -264,7 +296,7 @@ def found(
     """What a method finds; `folder` is where its search runs, or has run."""
     if method.search is None:
         return Chosen(policy=uniform(where.assembled(method.proxy), share))
-    if isinstance(method.search, fastnas.FastNAS):
+    if not isinstance(method.search, Mapping):
         workload = where.assembled(method.proxy).workload
         pruned = method.search.search(workload, share, folder.parent, where.common["run.workers"])
         return Chosen(policy=pruned.policy, evaluations=pruned.evaluations, seconds=pruned.seconds)

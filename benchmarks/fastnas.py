@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rivals import Pruned
 from torch import Tensor, nn
 
 from evosearch.networks import Network
@@ -27,7 +28,7 @@ from evosearch.policy import Policy
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.workload import Workload, divergence
 
-__all__ = ["PROXY", "FastNAS", "Pruned", "check_installed"]
+__all__ = ["PROXY", "FastNAS", "check_installed"]
 
 BATCH = 128
 
@@ -40,21 +41,6 @@ def check_installed() -> None:
     """Ends it all before hours are spent."""
     if importlib.util.find_spec("modelopt") is None:
         raise SystemExit("FastNAS is not installed: pip install -e '.[bench]', or name --methods")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pruned:
-    """What FastNAS found.
-
-    Args:
-        policy: Widths.
-        evaluations: Networks that were scored, for this budget and all others with the same map.
-        seconds: For all of them, and for the bisection.
-    """
-
-    policy: Policy
-    evaluations: int
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ import numpy as np
 from common import RESULTS, ROOT, images, parser, published, show, write
 from numpy.typing import NDArray
 
-from evosearch.algorithms import AlgorithmSettings, make_algorithm
+from evosearch.algorithms import AlgorithmSettings, make_algorithm, ranked_count
+from evosearch.algorithms.seeding import ranked_genomes
 from evosearch.assembly import foresight_of
 from evosearch.data import Images, open_source
 from evosearch.materials import as_trained
@@ -44,11 +46,13 @@ from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.pareto import front_mask, hypervolume
 from evosearch.policy import Policy
 from evosearch.pruning.groups import trace
+from evosearch.recipe import RANKINGS
 from evosearch.scoring.objectives import Goals, reference_point, worst_metrics
 from evosearch.scoring.pool import Pool, PoolSettings, make_pool
 from evosearch.scoring.proxies import ProxySettings
 from evosearch.scoring.workload import Workload, prepare_workload, settled_precision
 from evosearch.space import SearchSpace, make_space, unique_rows
+from evosearch.starting import ranked_paths
 
 FloatArray = NDArray[np.float64]
 
@@ -86,7 +90,7 @@ class Scores:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.table = workload.plan.table
         self.worst = worst_metrics(workload.dense_logits)
-        self._workload = workload
+        self.workload = workload
         self._workers = workers
         self._pool: Pool | None = None
         self._file = sqlite3.connect(path)
@@ -118,7 +122,7 @@ class Scores:
             costs = self.table.costs_of(missing)[0]
             order = sorted(range(len(missing)), key=lambda i: -int(costs[i]))
             if self._pool is None:
-                self._pool = make_pool(self._workload, PoolSettings(workers=self._workers))
+                self._pool = make_pool(self.workload, PoolSettings(workers=self._workers))
             self._pool.score([missing[i] for i in order], self._record, lambda: False)
             self._file.commit()
         return [self._known[policy.digest] for policy in policies]
@@ -163,14 +167,17 @@ class Ours:
         self._open: deque[FloatArray] = deque()
         self._told = False
         self._space = task.space
+        ranked = settings.pop("ranked", True)
+        made = AlgorithmSettings(
+            **{"population": POPULATION, "options": {}, "seed": seed, **settings}
+        )
         self._algorithm = make_algorithm(
-            AlgorithmSettings(
-                **{"population": POPULATION, "options": {}, "seed": seed, **settings}
-            ),
+            made,
             task.space,
             2,
             1,
             foresight=foresight_of(task.goals, task.scores.table),
+            ranked=task.ranked(ranked_count(made)) if ranked else None,
         )
 
     def ask(self) -> FloatArray | None:
@@ -224,6 +231,7 @@ POPULATION = 24
 REFERENCE = "optuna nsga2"
 METHODS: dict[str, tuple[type[Ours] | type[Optuna], dict[str, Any]]] = {
     "surrogate": (Ours, {"name": "surrogate", "population": 8}),
+    "surrogate, unranked": (Ours, {"name": "surrogate", "population": 8, "ranked": False}),
     "surrogate, sweep": (Ours, {"name": "surrogate", "population": 8, "options": {"sweep": 1}}),
     "surrogate, overlapping": (Ours, {"name": "surrogate", "population": 8, "ahead": True}),
     "surrogate, by 24": (Ours, {"name": "surrogate"}),
@@ -232,9 +240,11 @@ METHODS: dict[str, tuple[type[Ours] | type[Optuna], dict[str, Any]]] = {
     "gde3": (Ours, {"name": "gde3"}),
     "nsde": (Ours, {"name": "nsde"}),
     "nsga2": (Ours, {"name": "nsga2"}),
+    "nsga2, unranked": (Ours, {"name": "nsga2", "ranked": False}),
     "pymoo nsga2, cold": (Ours, {"name": "nsga2", "seed_share": 0.0}),
     "random": (Ours, {"name": "random", "seed_share": 0.0}),
     "uniform": (Ours, {"name": "uniform"}),
+    "ranking": (Ours, {"name": "ranking"}),
     "sensitivity": (Ours, {"name": "sensitivity"}),
     "sensitivity, one value": (Ours, {"name": "sensitivity", "options": {"values": 1}}),
     "optuna nsga2, ladder first": (
@@ -245,7 +255,7 @@ METHODS: dict[str, tuple[type[Ours] | type[Optuna], dict[str, Any]]] = {
     REFERENCE: (Optuna, {"sampler": "NSGAIISampler"}),
 }
 OBJECTIVES = ("divergence", "distortion", "error")
-UNSEEDED = ("uniform", "sensitivity", "sensitivity, one value")
+UNSEEDED = ("uniform", "ranking", "sensitivity", "sensitivity, one value")
 WORKERS_CHARGED = 2
 
 
@@ -262,6 +272,15 @@ class Task:
     space: SearchSpace
     goals: Goals
     scores: Scores
+
+    @cached_property
+    def _paths(self) -> list[NDArray[np.int64]]:
+        return ranked_paths(self.scores.workload, RANKINGS, "macs")
+
+    def ranked(self, count: int | None) -> FloatArray:
+        """`(n, n_genes)` that rankings give, as many as an algorithm takes."""
+        foresight = foresight_of(self.goals, self.scores.table)
+        return ranked_genomes(self._paths, self.space, foresight, count)
 
     def objectives(self, policies: Sequence[Policy]) -> tuple[FloatArray, FloatArray]:
         """`(n, 2)` objectives and `(n,)` seconds."""
