@@ -34,7 +34,7 @@ from evosearch.results.export import export, front_records
 from evosearch.results.front import Results, read_results
 from evosearch.search import BASELINE, SEARCH, Outcome, Scoring, Search
 from evosearch.snapshots import snapshot_stamp
-from evosearch.starting import ranked_by_channels, seeds_of_run
+from evosearch.starting import begins_with_rankings, ranked_by_channels, seeds_of_run
 
 __all__ = ["Finished", "Observer", "StopSignal", "launch", "new_run_directory", "resume"]
 
@@ -137,8 +137,11 @@ def launch(
     assembled = assemble(recipe, settles_widths=True)
     _announce(assembled, observer)
     seeds = seeds_of_run(seed_from, assembled) if seed_from else []
-    # What another run found is ahead of them.
-    ranked = [] if seed_from else ranked_by_channels(assembled)
+    ranked: list[list[float]] = []
+    if not seed_from:  # what another run found is ahead of them
+        if begins_with_rankings(assembled):
+            observer.phase("ranking channels")
+        ranked = ranked_by_channels(assembled)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as exc:

@@ -20,9 +20,12 @@ from evosearch.pruning.ranking import importance, savings, thresholds
 from evosearch.recipe import RankingRecipe
 from evosearch.scoring.workload import Workload, samples_of, single_thread
 
-__all__ = ["ranked_by_channels", "ranked_paths", "seeds_of_run"]
+__all__ = ["begins_with_rankings", "ranked_by_channels", "ranked_paths", "seeds_of_run"]
 
 IntArray = NDArray[np.int64]
+
+# So many calibration images rank channels; they are asked for gradients, three passes each.
+_IMAGES = 256
 
 
 def seeds_of_run(source: Path, assembled: Assembled) -> list[list[float]]:
@@ -43,6 +46,21 @@ def seeds_of_run(source: Path, assembled: Assembled) -> list[list[float]]:
     return [assembled.space.encode(member.policy).tolist() for member in members]
 
 
+def begins_with_rankings(assembled: Assembled) -> bool:
+    """Whether the algorithm makes use of rankings, and there are some.
+
+    Raises:
+        ConfigError: It asks for nothing else, and there are none.
+    """
+    settings = algorithm_settings(assembled.recipe, assembled.space)
+    some = bool(assembled.recipe.search.rankings)
+    if settings.name == RANKING and not some:
+        raise ConfigError(
+            "search.algorithm ranking asks for search.rankings, and there are none; name some"
+        )
+    return some and ranked_count(settings) != 0
+
+
 def ranked_by_channels(assembled: Assembled) -> list[list[float]]:
     """Genomes of the policies that the recipe's rankings leave, as many as its algorithm takes.
 
@@ -50,19 +68,13 @@ def ranked_by_channels(assembled: Assembled) -> list[list[float]]:
         ConfigError: The algorithm asks for nothing else, and there are none.
         NetworkError: A criterion does not apply to the network.
     """
-    settings = algorithm_settings(assembled.recipe, assembled.space)
-    count = ranked_count(settings)
-    if not assembled.recipe.search.rankings:
-        if settings.name == RANKING:
-            raise ConfigError(
-                "search.algorithm ranking asks for search.rankings, and there are none; name some"
-            )
+    rankings = assembled.recipe.search.rankings
+    if not begins_with_rankings(assembled) or not rankings:
         return []
-    if count == 0:
-        return []
+    count = ranked_count(algorithm_settings(assembled.recipe, assembled.space))
     table = assembled.workload.plan.table
     foresight = foresight_of(assembled.goals, table)
-    paths = ranked_paths(assembled.workload, assembled.recipe.search.rankings, assembled.spent)
+    paths = ranked_paths(assembled.workload, rankings, assembled.spent)
     found = ranked_genomes(paths, assembled.space, foresight, count)
     genomes: list[list[float]] = found.tolist()
     return genomes
@@ -74,7 +86,7 @@ def ranked_paths(
     """Of each ranking what a rising threshold leaves, `(n_rungs, n_groups)` kept channels.
 
     Args:
-        workload: Network and calibration images.
+        workload: Network and calibration images, of which the first 256 are looked at.
         rankings: At least one.
         cost: What is to be saved: `macs`, `params` or `latency`.
 
@@ -84,7 +96,9 @@ def ranked_paths(
     network, table, settings = workload.network(), workload.plan.table, workload.settings
     names = list(dict.fromkeys(ranking.criterion for ranking in rankings))
     with single_thread():
-        samples = samples_of(network, workload.calibration, settings.together, settings.labels)
+        # Gradients need all maps of a batch at once, and batch norm stays as it is.
+        some = workload.calibration.take(np.arange(min(_IMAGES, len(workload.calibration))))
+        samples = samples_of(network, some, settings.batch_size, settings.labels)
         rows = channel_scores(
             network.module, workload.plan, names, samples, None, settings.coupling
         )
