@@ -84,26 +84,30 @@ def ranked_genomes(
         paths: Each `(n_rungs, n_groups)` kept channels, from wide to narrow; the best first.
         space: What genomes mean.
         foresight: Knows costs and constraints.
-        n: At most so many; all of the first path if None.
+        n: At most so many; all that there are if None.
 
     Returns:
         `(m, n_genes)`, distinct as policies, in an order whose every beginning is spread about
         evenly.
     """
-    paths = paths[:1] if _a_front(space, foresight) else paths
-    found = []
-    for path in paths:
+    front = _a_front(space, foresight)
+    found = [np.empty((0, space.n_genes))]
+    for path in paths[:1] if front else paths:
         genomes, cost = _rungs(path, space, foresight)
-        if len(paths) > 1 or n is None or not len(genomes):
-            rows = halves(len(genomes))[: 1 if len(paths) > 1 else None]
-        else:
-            wanted = np.linspace(cost.max(), cost.min(), n + 2)[1:-1]
-            nearest = np.abs(cost - wanted[:, None]).argmin(axis=1)
-            rows = nearest[halves(n)].tolist()
-        found.append(genomes[rows])
-    chosen = np.concatenate([np.empty((0, space.n_genes)), *found])
+        if len(genomes):
+            found.append(genomes[_spread(cost, n) if front else [0]])
+    chosen = np.concatenate(found)
     distinct = chosen[unique_rows(space.decode(chosen))] if len(chosen) else chosen
     return distinct[:n]
+
+
+def _spread(cost: FloatArray, n: int | None) -> list[int]:
+    """Rows of about n even steps from the highest to the lowest cost, or all; by halves."""
+    if n is None:
+        return halves(len(cost))
+    wanted = np.linspace(cost.max(), cost.min(), n + 2)[1:-1]
+    nearest: list[int] = np.abs(cost - wanted[:, None]).argmin(axis=1)[halves(n)].tolist()
+    return nearest
 
 
 def _spends(space: SearchSpace) -> bool:

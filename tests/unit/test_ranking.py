@@ -145,6 +145,8 @@ def test_a_budget_begins_with_one_policy_of_each_path(make: Callable[[], SearchS
         # It is what a threshold leaves there, or a channel or two beside it.
         assert np.abs(rungs - np.array(policy.keep)).sum(axis=1).min() <= 3
     assert len(ranked_genomes(paths, where, foresight(0.5, front=False), 2)) == 2
+    for count in (1, 16, None):
+        assert len(ranked_genomes(paths[:1], where, foresight(0.5, front=False), count)) == 1
 
 
 def test_bounds_and_constraints_are_kept() -> None:
