@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from evosearch.algorithms import RANKING
 from evosearch.assembly import (
     Assembled,
     algorithm_of,
@@ -24,7 +25,13 @@ from evosearch.assembly import (
     wants_latency,
 )
 from evosearch.checking import check_front, time_front
-from evosearch.errors import BudgetUnreachable, ConfigError, ConfigMismatch, RunExists
+from evosearch.errors import (
+    BudgetUnreachable,
+    ConfigError,
+    ConfigMismatch,
+    NetworkError,
+    RunExists,
+)
 from evosearch.facts import RunFacts, check_same, read_facts
 from evosearch.files import write_atomically
 from evosearch.ledger import Ledger
@@ -137,11 +144,8 @@ def launch(
     assembled = assemble(recipe, settles_widths=True)
     _announce(assembled, observer)
     seeds = seeds_of_run(seed_from, assembled) if seed_from else []
-    ranked: list[list[float]] = []
-    if not seed_from:  # what another run found is ahead of them
-        if begins_with_rankings(assembled):
-            observer.phase("ranking channels")
-        ranked = ranked_by_channels(assembled)
+    # What another run found is ahead of rankings.
+    ranked = [] if seed_from else _ranked(assembled, recipe.search.rankings is None, observer)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
@@ -157,6 +161,19 @@ def launch(
         text = assembled.recipe.to_toml()
         write_atomically(directory / "recipe.toml", lambda scratch: scratch.write_text(text))
         return _drive(assembled, ledger, directory, observer)
+
+
+def _ranked(assembled: Assembled, left_open: bool, observer: Observer) -> list[list[float]]:
+    """What rankings give; nothing where they do not apply and nobody named them."""
+    if begins_with_rankings(assembled):
+        observer.phase("ranking channels")
+    try:
+        return ranked_by_channels(assembled)
+    except NetworkError as exc:
+        if not left_open or assembled.recipe.search.algorithm == RANKING:
+            raise
+        observer.phase(f"the search begins without rankings of channels: {exc}")
+        return []
 
 
 def resume(

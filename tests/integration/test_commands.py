@@ -310,3 +310,23 @@ def test_a_run_can_start_from_another_one(cli: Cli, recipe: Callable[..., str], 
         best = {member.policy for member in first.population() if member.rank == 0}
         asked = {entry.policy for entry in second.entries("search")}
     assert best <= asked
+
+
+def test_a_search_begins_with_rankings(cli: Cli, recipe: Callable[..., str]) -> None:
+    from evosearch.ledger import Ledger
+
+    goals = ("--evaluations", "12", "--set", "search.baseline=0")
+    said = cli.here("launch", recipe(), "--out", "ranked", *goals).stderr
+    assert "ranking channels" in said
+    cli.here("launch", recipe(), "--out", "alone", *goals, "--algorithm", "ranking")
+    asked = []
+    for name in ("ranked", "alone"):
+        with Ledger.open(cli.folder / name) as ledger:
+            asked.append([entry.policy for entry in ledger.entries("search")])
+    assert asked[0][0] in asked[1]
+    assert len(set(asked[1])) >= 12
+    own = 'search.rankings=[{ criterion = "l1", scale = "mean", power = 0 }]'
+    cli.here("launch", recipe(), "--out", "own", *goals, "--set", own)
+    written = (cli.folder / "own" / "recipe.toml").read_text()
+    assert '{ criterion = "l1", scale = "mean", power = 0.0 }' in written
+    cli.here("resume", "own", "--evaluations", "14")

@@ -2,6 +2,7 @@
 
 import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from evosearch import run
 from evosearch.assembly import Assembled, assemble
 from evosearch.errors import ConfigError, NetworkError
+from evosearch.measurement import Measurement
 from evosearch.policy import Policy
 from evosearch.pruning.criteria import channel_scores
 from evosearch.recipe import RANKINGS, change_recipe, load_recipe
+from evosearch.scoring.workload import samples_of
 from evosearch.starting import ranked_by_channels
 
 L1 = [{"criterion": "l1", "scale": "mean", "power": 0.0}]
@@ -153,3 +157,43 @@ def test_a_criterion_that_does_not_apply_is_named_with_the_group() -> None:
     assembled = made(network={"name": f"{__name__}:Bare"}, search__rankings=named)
     with pytest.raises(NetworkError, match=r"bn-scale needs a batch norm, and group \w+ has none"):
         ranked_by_channels(assembled)
+
+
+def test_a_network_without_gradients_is_told() -> None:
+    workload = default().workload
+    module = workload.network().module
+    module.register_forward_hook(lambda _module, _inputs, outputs: outputs.detach())
+    samples = samples_of(workload.network(), workload.calibration, 64, "given")
+    with pytest.raises(NetworkError, match="criteria that need gradients do not apply, as the net"):
+        channel_scores(module, workload.plan, ["obd"], samples)
+
+
+class Heard:
+    """Watches a run, and remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def phase(self, text: str) -> None:
+        """A new phase has begun."""
+        self.said.append(text)
+
+    def landed(self, track: str, measurement: Measurement, count: int, budget: int) -> None:
+        """A measurement landed."""
+
+
+def test_rankings_that_nobody_named_may_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise NetworkError("no gradients")
+
+    monkeypatch.setattr(run, "ranked_by_channels", fail)
+    heard = Heard()
+    few = {"search.evaluations": 2, "search.baseline": 0}
+    recipe = change_recipe(load_recipe("quickstart"), {**FEW, **few}, "a test")
+    assert run.launch(recipe, tmp_path / "open", heard).outcome.finished
+    assert "the search begins without rankings of channels: no gradients" in heard.said
+    named = change_recipe(recipe, {"search.rankings": L1}, "a test")
+    with pytest.raises(NetworkError, match="no gradients"):
+        run.launch(named, tmp_path / "named", heard)

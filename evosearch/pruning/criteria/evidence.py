@@ -136,8 +136,18 @@ class _Gradients:
         }
 
     def add(self, loss: Tensor) -> None:
-        """Takes the gradients of one batch."""
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        """Takes the gradients of one batch.
+
+        Raises:
+            NetworkError: There are none.
+        """
+        try:
+            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        except RuntimeError as exc:
+            first = str(exc).strip().splitlines()[0]
+            raise NetworkError(
+                f"criteria that need gradients do not apply, as the network gives none ({first})"
+            ) from exc
         told = iter(
             torch.zeros_like(tensor) if gradient is None else gradient
             for tensor, gradient in zip(self.parameters, gradients, strict=True)
