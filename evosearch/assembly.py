@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evosearch.algorithms import (
-    SEQUENCES,
     Algorithm,
     AlgorithmSettings,
     Foresight,
@@ -465,8 +464,6 @@ def algorithm_of(
 ) -> Algorithm:
     """The recipe's algorithm; one constraint more than named, for failures."""
     settings = algorithm_settings(recipe, space)
-    if settings.name in SEQUENCES and seeds is not None and len(seeds):
-        raise ConfigError(f"search.algorithm {settings.name} takes no seeds; leave --seed-from out")
     return make_algorithm(
         settings,
         space,

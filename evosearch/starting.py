@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from evosearch.algorithms import RANKING, ranked_count
+from evosearch.algorithms import RANKING, UNSEEDED, ranked_count
 from evosearch.algorithms.seeding import ranked_genomes
 from evosearch.assembly import Assembled, algorithm_settings, foresight_of
 from evosearch.errors import ConfigError
@@ -32,8 +32,11 @@ def seeds_of_run(source: Path, assembled: Assembled) -> list[list[float]]:
     """Genomes of the last population of another run, best first.
 
     Raises:
-        ConfigError: It has none, or pruned another network.
+        ConfigError: It has none, or pruned another network; or the algorithm has no use for them.
     """
+    name = algorithm_settings(assembled.recipe, assembled.space).name
+    if name in UNSEEDED:
+        raise ConfigError(f"search.algorithm {name} takes no seeds; leave --seed-from out")
     with Ledger.open(source) as ledger:
         members = ledger.population()
         groups = read_facts(ledger).groups

@@ -23,7 +23,7 @@ from evosearch.space import SearchSpace
 __all__ = [
     "ALGORITHMS",
     "RANKING",
-    "SEQUENCES",
+    "UNSEEDED",
     "Algorithm",
     "AlgorithmSettings",
     "Foresight",
@@ -40,8 +40,8 @@ __all__ = [
 FloatArray = NDArray[np.float64]
 
 SURROGATE, RANKING = "surrogate", "ranking"
-SEQUENCES = ("uniform", RANKING)
-"""Algorithms that ask for a given sequence of policies."""
+UNSEEDED = ("uniform", RANKING, "sensitivity")
+"""Algorithms without a first population, whose asks follow from the space and the network."""
 # What the benchmarks of search efficiency found best, and what is customary.
 _FEW, _MANY = 8, 32
 # 24 rungs of a ranking before the models were no better than 16, and 8 were worse.
@@ -305,7 +305,7 @@ def ranked_count(settings: AlgorithmSettings) -> int | None:
     """How many genomes of rankings an algorithm makes use of; None for all that there are."""
     if settings.name == RANKING:
         return None
-    if settings.name in ("uniform", "sensitivity"):
+    if settings.name in UNSEEDED:
         return 0
     if settings.name == SURROGATE:
         return _RANKED

@@ -129,6 +129,15 @@ def test_no_rankings_are_none(algorithm: str) -> None:
         assert ranked_by_channels(assembled) == []
 
 
+@pytest.mark.parametrize("algorithm", ["uniform", "ranking", "sensitivity"])
+def test_what_has_no_first_population_takes_no_seeds(algorithm: str, tmp_path: Path) -> None:
+    few = {**FEW, "search.algorithm": algorithm}
+    recipe = change_recipe(load_recipe("quickstart"), few, "a test")
+    with pytest.raises(ConfigError, match=f"{algorithm} takes no seeds; leave --seed-from out"):
+        run.launch(recipe, tmp_path / "run", Heard(), seed_from=tmp_path / "other")
+    assert not (tmp_path / "run").exists()
+
+
 def test_blends_begin_with_pure_criteria_instead() -> None:
     space = {"name": "criterion-blend", "criteria": ["l1", "l2", "apoz"], "sparsity": [0.0, 0.9]}
     assembled = made(space=space, search__algorithm="nsga2")
