@@ -207,12 +207,9 @@ def assemble(
         recipe = recipe.model_copy(update={"space": space_table})
     plan = _knowing(plan, latency)
     space = maker.space(plan.table, options)
-    recipe = _settled(recipe, image_sets, space, network.input.shape)
-    if recipe.search.rankings is None:
-        # A blend chooses among criteria, and begins with pure ones.
-        known = [] if facts else _applicable_rankings(network, plan)
-        search = recipe.search.model_copy(update={"rankings": known})
-        recipe = recipe.model_copy(update={"search": search})
+    # A blend chooses among criteria, and begins with pure ones.
+    rankings = [] if facts else _applicable_rankings(network, plan)
+    recipe = _settled(recipe, image_sets, space, network.input.shape, rankings)
     with _naming("proxy.criterion"):
         workload = prepare_workload(
             network,
@@ -400,7 +397,11 @@ def reachable_costs(
 
 
 def _settled(
-    recipe: Recipe, images: ImageSets, space: SearchSpace, shape: tuple[int, ...]
+    recipe: Recipe,
+    images: ImageSets,
+    space: SearchSpace,
+    shape: tuple[int, ...],
+    rankings: list[RankingRecipe],
 ) -> Recipe:
     """The recipe with all that it left open written down, so that a run never changes."""
     gpu, wish = recipe.run.gpus_per_worker > 0, recipe.proxy
@@ -422,7 +423,10 @@ def _settled(
     data = recipe.data.model_copy(update=sizes)
     name = settled_algorithm(recipe.search.algorithm, space)
     population = settled_population(recipe.search.population, name, recipe.run.workers)
-    search = recipe.search.model_copy(update={"algorithm": name, "population": population})
+    begin = rankings if recipe.search.rankings is None else recipe.search.rankings
+    search = recipe.search.model_copy(
+        update={"algorithm": name, "population": population, "rankings": begin}
+    )
     return recipe.model_copy(update={"proxy": proxy, "data": data, "search": search})
 
 

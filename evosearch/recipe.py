@@ -389,7 +389,8 @@ def _absolute_own_files(data: dict[str, Any], folder: Path) -> None:
     search = data.get("search")
     rankings = search.get("rankings") if isinstance(search, dict) else None
     tables = [(data.get("proxy"), "criterion"), (data.get("latency"), "measure")]
-    tables += [(ranking, "criterion") for ranking in rankings or () if isinstance(rankings, list)]
+    if isinstance(rankings, list):
+        tables += [(ranking, "criterion") for ranking in rankings]
     for table, key in tables:
         if isinstance(table, dict) and _is_own_file(table.get(key)):
             table[key] = _from(folder, table[key])

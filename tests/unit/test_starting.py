@@ -156,6 +156,8 @@ def test_wrong_rankings_are_told_by_field() -> None:
     wrong = {"criterion": "beauty"}
     with pytest.raises(ConfigError, match=r"search\.rankings: no criterion 'beauty'; there are"):
         made(search__rankings=[wrong])
+    with pytest.raises(ConfigError, match=r"search\.rankings: input should be a valid list"):
+        load_recipe("quickstart", ["search.rankings=3"])
     sentence = "search.rankings.0.scale: input should be 'none', 'mean' or 'max', got 'sum'"
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         made(search__rankings=[{"criterion": "l1", "scale": "sum"}])
