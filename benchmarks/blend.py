@@ -139,7 +139,7 @@ class Bench:
             worst=facts["worst"],
             score=self.pool.score,
         )
-        algorithm = algorithm_of(recipe, space, self.assembled.goals, table, None)
+        algorithm = algorithm_of(recipe, space, self.assembled.goals, table)
         with (
             tempfile.TemporaryDirectory() as folder,
             Ledger.create(Path(folder), facts) as ledger,

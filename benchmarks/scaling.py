@@ -149,9 +149,8 @@ def first_population(assembled: Assembled) -> list[Policy]:
 
 
 def make_algorithm(assembled: Assembled) -> Any:
-    none = np.empty((0, assembled.space.n_genes))
     table = assembled.workload.plan.table
-    return algorithm_of(assembled.recipe, assembled.space, assembled.goals, table, none)
+    return algorithm_of(assembled.recipe, assembled.space, assembled.goals, table)
 
 
 Score = Callable[..., None]

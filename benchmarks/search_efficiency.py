@@ -36,7 +36,7 @@ import numpy as np
 from common import RESULTS, ROOT, images, parser, published, show, write
 from numpy.typing import NDArray
 
-from evosearch.algorithms import AlgorithmSettings, make_algorithm, ranked_count
+from evosearch.algorithms import AlgorithmSettings, Foresight, make_algorithm, ranked_count
 from evosearch.algorithms.seeding import ranked_genomes
 from evosearch.assembly import foresight_of
 from evosearch.data import Images, open_source
@@ -52,7 +52,7 @@ from evosearch.scoring.pool import Pool, PoolSettings, make_pool
 from evosearch.scoring.proxies import ProxySettings
 from evosearch.scoring.workload import Workload, prepare_workload, settled_precision
 from evosearch.space import SearchSpace, make_space, unique_rows
-from evosearch.starting import ranked_paths
+from evosearch.starting import Ranked, rank_channels
 
 FloatArray = NDArray[np.float64]
 
@@ -167,7 +167,7 @@ class Ours:
         self._open: deque[FloatArray] = deque()
         self._told = False
         self._space = task.space
-        ranked = settings.pop("ranked", True)
+        ranked, guessed = settings.pop("ranked", True), settings.pop("guessed", True)
         made = AlgorithmSettings(
             **{"population": POPULATION, "options": {}, "seed": seed, **settings}
         )
@@ -176,7 +176,7 @@ class Ours:
             task.space,
             2,
             1,
-            foresight=foresight_of(task.goals, task.scores.table),
+            foresight=task.foresight(guessed=ranked and guessed),
             ranked=task.ranked(ranked_count(made)) if ranked else None,
         )
 
@@ -232,6 +232,10 @@ REFERENCE = "optuna nsga2"
 METHODS: dict[str, tuple[type[Ours] | type[Optuna], dict[str, Any]]] = {
     "surrogate": (Ours, {"name": "surrogate", "population": 8}),
     "surrogate, unranked": (Ours, {"name": "surrogate", "population": 8, "ranked": False}),
+    "surrogate, no guesses": (
+        Ours,
+        {"name": "surrogate", "population": 8, "guessed": False},
+    ),
     "surrogate, sweep": (Ours, {"name": "surrogate", "population": 8, "options": {"sweep": 1}}),
     "surrogate, overlapping": (Ours, {"name": "surrogate", "population": 8, "ahead": True}),
     "surrogate, by 24": (Ours, {"name": "surrogate"}),
@@ -274,13 +278,16 @@ class Task:
     scores: Scores
 
     @cached_property
-    def _paths(self) -> list[NDArray[np.int64]]:
-        return ranked_paths(self.scores.workload, RANKINGS, "macs")
+    def _ranked(self) -> Ranked:
+        return rank_channels(self.scores.workload, RANKINGS, "macs")
+
+    def foresight(self, *, guessed: bool) -> Foresight:
+        """What is known before measuring, with or without the losses that rankings guess."""
+        return foresight_of(self.goals, self.scores.table, self._ranked.losses if guessed else ())
 
     def ranked(self, count: int | None) -> FloatArray:
         """`(n, n_genes)` that rankings give, as many as an algorithm takes."""
-        foresight = foresight_of(self.goals, self.scores.table)
-        return ranked_genomes(self._paths, self.space, foresight, count)
+        return ranked_genomes(self._ranked.paths, self.space, self.foresight(guessed=False), count)
 
     def objectives(self, policies: Sequence[Policy]) -> tuple[FloatArray, FloatArray]:
         """`(n, 2)` objectives and `(n,)` seconds."""

@@ -57,6 +57,7 @@ _PROBES = 32
 
 __all__ = [
     "Assembled",
+    "Beginning",
     "algorithm_of",
     "algorithm_settings",
     "assemble",
@@ -326,6 +327,21 @@ class _Maker:
         return latency, suited
 
 
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """What a search knows before anything is measured.
+
+    Args:
+        seeds: Genomes that its first population should hold.
+        ranked: Genomes that rankings of channels gave, the most telling first.
+        losses: For each group, by the number of channels that it keeps, what it should lose.
+    """
+
+    seeds: Sequence[Sequence[float]] = ()
+    ranked: Sequence[Sequence[float]] = ()
+    losses: Sequence[Sequence[float]] = ()
+
+
 def wants_latency(recipe: Recipe, goals: Goals) -> bool:
     """Whether an objective, a constraint or the budget of the space is a latency."""
     budget = recipe.space.get("project_onto")
@@ -436,12 +452,20 @@ def _applicable_rankings(network: Network, plan: CuttingPlan) -> list[RankingRec
     return [ranking for ranking in RANKINGS if ranking.criterion in names]
 
 
-def foresight_of(goals: Goals, table: GroupTable) -> Foresight:
+def foresight_of(
+    goals: Goals, table: GroupTable, losses: Sequence[Sequence[float]] = ()
+) -> Foresight:
     """What is known before measuring: objectives and constraints that are costs; what is saved.
 
     That is latency where it is a goal, and MACs elsewhere.
+
+    Args:
+        goals: The objectives and constraints.
+        table: Knows the costs.
+        losses: For each group, by the number of channels that it keeps, what it should lose.
     """
     saved = "latency" if "latency" in goals.names else "macs"
+    guesses = [np.array(group, dtype=np.float64) for group in losses]
 
     def foresee(policies: Sequence[Policy]) -> Known:
         shares = table.shares_of(policies)
@@ -453,7 +477,13 @@ def foresight_of(goals: Goals, table: GroupTable) -> Foresight:
             objectives=np.stack(objectives, axis=1),
             violations=np.stack([*violations, unknown], axis=1),
             cost=shares[saved],
+            loss=guess(policies) if guesses else None,
         )
+
+    def guess(policies: Sequence[Policy]) -> NDArray[np.float64]:
+        keep = np.array([policy.keep for policy in policies]).reshape(len(policies), len(guesses))
+        lost = [group[kept] for group, kept in zip(guesses, keep.T, strict=True)]
+        return np.asarray(np.sum(lost, axis=0))
 
     return foresee
 
@@ -463,18 +493,21 @@ def algorithm_of(
     space: SearchSpace,
     goals: Goals,
     table: GroupTable,
-    seeds: NDArray[np.float64] | None = None,
-    ranked: NDArray[np.float64] | None = None,
+    beginning: Beginning | None = None,
 ) -> Algorithm:
     """The recipe's algorithm; one constraint more than named, for failures."""
-    settings = algorithm_settings(recipe, space)
+    settings, begins = algorithm_settings(recipe, space), beginning or Beginning()
+    seeds, ranked = (
+        np.array(genomes, dtype=np.float64).reshape(-1, space.n_genes)
+        for genomes in (begins.seeds, begins.ranked)
+    )
     return make_algorithm(
         settings,
         space,
         len(goals.objectives),
         len(goals.constraints) + 1,
         seeds,
-        foresight_of(goals, table),
+        foresight_of(goals, table, begins.losses),
         ranked,
     )
 

@@ -65,6 +65,8 @@ class RunFacts(BaseModel):
     """Genomes that the first population was to hold."""
     ranked: tuple[tuple[float, ...], ...] = ()
     """Genomes that rankings of channels gave; none in runs of before there were any."""
+    losses: tuple[tuple[float, ...], ...] = ()
+    """By group and kept channels, what the first ranking has it lose; none in runs of before."""
     evaluations: Count
     """The budget: distinct policies to measure."""
     state: Literal["running", "interrupted", "finished"]

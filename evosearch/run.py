@@ -13,11 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-import numpy as np
-
 from evosearch.algorithms import RANKING
 from evosearch.assembly import (
     Assembled,
+    Beginning,
     algorithm_of,
     assemble,
     goals_of,
@@ -143,17 +142,16 @@ def launch(
     observer.phase(f"preparing {recipe.network.name}{timing}")
     assembled = assemble(recipe, settles_widths=True)
     _announce(assembled, observer)
-    seeds = seeds_of_run(seed_from, assembled) if seed_from else []
-    # What another run found is ahead of rankings.
-    ranked = [] if seed_from else _ranked(assembled, recipe.search.rankings is None, observer)
+    begins = _beginning(assembled, seed_from, recipe.search.rankings is None, observer)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise ConfigError(f"--out: {directory} cannot be made: {exc.strerror}") from exc
     facts = {
         **assembled.facts(),
-        "seeds": seeds,
-        "ranked": ranked,
+        "seeds": begins.seeds,
+        "ranked": begins.ranked,
+        "losses": begins.losses,
         "evaluations": recipe.search.evaluations,
         "state": "running",
     }
@@ -163,17 +161,22 @@ def launch(
         return _drive(assembled, ledger, directory, observer)
 
 
-def _ranked(assembled: Assembled, left_open: bool, observer: Observer) -> list[list[float]]:
-    """What rankings give; nothing where they do not apply and nobody named them."""
+def _beginning(
+    assembled: Assembled, seed_from: Path | None, left_open: bool, observer: Observer
+) -> Beginning:
+    """What another run found, or what rankings give; no rankings if they fail unnamed."""
+    seeds = seeds_of_run(seed_from, assembled) if seed_from else []
     if begins_with_rankings(assembled):
         observer.phase("ranking channels")
     try:
-        return ranked_by_channels(assembled)
+        begins = ranked_by_channels(assembled)
     except NetworkError as exc:
         if not left_open or assembled.recipe.search.algorithm == RANKING:
             raise
         observer.phase(f"the search begins without rankings of channels: {exc}")
-        return []
+        begins = Beginning()
+    # What another run found is ahead of what rankings give, but for guesses of losses.
+    return replace(begins, seeds=seeds, ranked=()) if seed_from else begins
 
 
 def resume(
@@ -349,11 +352,8 @@ def _search(
     assembled: Assembled, ledger: Ledger, scoring: Scoring, observer: Observer, facts: RunFacts
 ) -> Outcome:
     space, table = assembled.space, assembled.workload.plan.table
-    seeds, ranked = (
-        np.array(genomes, dtype=np.float64).reshape(-1, space.n_genes)
-        for genomes in (facts.seeds, facts.ranked)
-    )
-    algorithm = algorithm_of(assembled.recipe, space, assembled.goals, table, seeds, ranked)
+    begins = Beginning(seeds=facts.seeds, ranked=facts.ranked, losses=facts.losses)
+    algorithm = algorithm_of(assembled.recipe, space, assembled.goals, table, begins)
     search = Search(assembled.space, algorithm, scoring, ledger)
     return search.run(facts.evaluations, _landing(observer, SEARCH, facts.evaluations))
 

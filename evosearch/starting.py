@@ -4,6 +4,7 @@ Either is worked out once, at launch, and is a fact of the run from then on.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,16 @@ from numpy.typing import NDArray
 
 from evosearch.algorithms import RANKING, UNSEEDED, ranked_count
 from evosearch.algorithms.seeding import ranked_genomes
-from evosearch.assembly import Assembled, algorithm_settings, foresight_of
+from evosearch.assembly import Assembled, Beginning, algorithm_settings, foresight_of
 from evosearch.errors import ConfigError
 from evosearch.facts import read_facts
 from evosearch.ledger import Ledger
 from evosearch.pruning.criteria import channel_scores
-from evosearch.pruning.ranking import importance, savings, thresholds
+from evosearch.pruning.ranking import importance, losses, savings, thresholds
 from evosearch.recipe import RankingRecipe
 from evosearch.scoring.workload import Workload, samples_of, single_thread
 
-__all__ = ["begins_with_rankings", "ranked_by_channels", "ranked_paths", "seeds_of_run"]
+__all__ = ["Ranked", "begins_with_rankings", "rank_channels", "ranked_by_channels", "seeds_of_run"]
 
 IntArray = NDArray[np.int64]
 
@@ -64,8 +65,8 @@ def begins_with_rankings(assembled: Assembled) -> bool:
     return some and ranked_count(settings) != 0
 
 
-def ranked_by_channels(assembled: Assembled) -> list[list[float]]:
-    """Genomes of the policies that the recipe's rankings leave, as many as its algorithm takes.
+def ranked_by_channels(assembled: Assembled) -> Beginning:
+    """What the recipe's rankings give: as many genomes as its algorithm takes, and guessed losses.
 
     Raises:
         ConfigError: The algorithm asks for nothing else, and there are none.
@@ -73,20 +74,30 @@ def ranked_by_channels(assembled: Assembled) -> list[list[float]]:
     """
     rankings = assembled.recipe.search.rankings
     if not begins_with_rankings(assembled) or not rankings:
-        return []
+        return Beginning()
     count = ranked_count(algorithm_settings(assembled.recipe, assembled.space))
     table = assembled.workload.plan.table
     foresight = foresight_of(assembled.goals, table)
-    paths = ranked_paths(assembled.workload, rankings, assembled.spent)
-    found = ranked_genomes(paths, assembled.space, foresight, count)
-    genomes: list[list[float]] = found.tolist()
-    return genomes
+    found = rank_channels(assembled.workload, rankings, assembled.spent)
+    genomes = ranked_genomes(found.paths, assembled.space, foresight, count)
+    return Beginning(ranked=genomes.tolist(), losses=found.losses)
 
 
-def ranked_paths(
-    workload: Workload, rankings: Sequence[RankingRecipe], cost: str
-) -> list[IntArray]:
-    """Of each ranking what a rising threshold leaves, `(n_rungs, n_groups)` kept channels.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ranked:
+    """What rankings of channels tell.
+
+    Args:
+        paths: Of each ranking what a rising threshold leaves, `(n_rungs, n_groups)` kept channels.
+        losses: By group and kept channels, shares of what all channels are worth to the first.
+    """
+
+    paths: list[IntArray]
+    losses: list[list[float]]
+
+
+def rank_channels(workload: Workload, rankings: Sequence[RankingRecipe], cost: str) -> Ranked:
+    """Ranks all channels of a network.
 
     Args:
         workload: Network and calibration images, of which the first 256 are looked at.
@@ -107,9 +118,13 @@ def ranked_paths(
         )
     scores = dict(zip(names, rows, strict=True))
     saved = savings(table, cost)
-    return [
-        thresholds(
-            importance(scores[ranking.criterion], table, ranking.scale), table, saved, ranking.power
-        )
-        for ranking in rankings
-    ]
+    worths = [importance(scores[one.criterion], table, one.scale) for one in rankings]
+    guessed = losses(worths[0], table, saved, rankings[0].power)
+    return Ranked(
+        paths=[
+            thresholds(worth, table, saved, one.power)
+            for worth, one in zip(worths, rankings, strict=True)
+        ],
+        # Written down in a few digits: a search that is resumed elsewhere goes by the same ones.
+        losses=[[float(f"{loss:.6g}") for loss in group] for group in guessed],
+    )

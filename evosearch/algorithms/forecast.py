@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evosearch.algorithms.base import State
-from evosearch.algorithms.foresight import Foresight
+from evosearch.algorithms.foresight import Foresight, Known
 from evosearch.algorithms.gaussian import GaussianProcess
 from evosearch.policy import Policy
 from evosearch.space import SearchSpace
@@ -18,6 +18,9 @@ FloatArray = NDArray[np.float64]
 
 _DIGITS = 7
 _FIRST_ITERATIONS, _NEXT_ITERATIONS = 40, 12
+# A guessed loss below this is as good as none. Its coordinate is so many times as wide as others,
+# for the prior to expect more of it.
+_LEAST_LOSS, _LOSS_SPAN = 1e-3, 3.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,15 +45,17 @@ class _Column:
     Args:
         process: None if all answers are the same.
         constant: That answer.
+        rooted: Whether the process is one of square roots of answers.
     """
 
     process: GaussianProcess | None
-    constant: float
+    constant: float = 0.0
+    rooted: bool = False
 
     def mean(self, points: FloatArray) -> FloatArray:
         if self.process is None:
             return np.full(len(points), self.constant)
-        return self.process.mean(points)
+        return self._answers(self.process.mean(points))
 
     def samples(self, points: FloatArray, normal: FloatArray) -> FloatArray:
         """`(n_samples, n)` functions from the posterior; `normal` is `(n_samples, n)`."""
@@ -60,14 +65,18 @@ class _Column:
         # The covariance of near points is singular up to rounding: load its diagonal.
         covariance[np.diag_indices_from(covariance)] += 1e-6 * np.diag(covariance).max() + 1e-12
         root = np.linalg.cholesky(covariance)
-        return np.asarray(np.round(mean + normal @ root.T, _DIGITS))
+        return self._answers(np.round(mean + normal @ root.T, _DIGITS))
+
+    def _answers(self, modelled: FloatArray) -> FloatArray:
+        return np.maximum(modelled, 0.0) ** 2 if self.rooted else modelled
 
 
 class Forecaster:
     """Models of all columns that only measuring tells, fitted anew when more is told.
 
     A point of the models has one coordinate per group: the logarithm of its kept channels, from 0
-    at the narrowest to 1 at the widest.
+    at the narrowest to 1 at the widest. Where a loss is guessed, its logarithm is one more: a
+    measured loss is nearly a curve over it, so the models need not learn every group by itself.
 
     Args:
         space: Bounds the channels of each group.
@@ -83,16 +92,20 @@ class Forecaster:
         # Hyperparameters of the last fit, from which the next one starts.
         self._starts: dict[tuple[str, int], FloatArray] = {}
 
-    def points(self, policies: Sequence[Policy]) -> FloatArray:
-        """`(n, n_free_groups)` coordinates."""
+    def points(self, policies: Sequence[Policy], known: Known) -> FloatArray:
+        """`(n, n_free_groups)` coordinates, or one more."""
         keep = np.array([policy.keep for policy in policies], dtype=np.float64)
         keep = keep.reshape(len(policies), self._n_groups)
-        return np.asarray((np.log(keep[:, self._groups]) - self._low) / self._span)
+        points = (np.log(keep[:, self._groups]) - self._low) / self._span
+        if known.loss is None:
+            return np.asarray(points)
+        decades = np.log(np.maximum(known.loss, _LEAST_LOSS)) / -np.log(_LEAST_LOSS)
+        return np.column_stack([points, 1 + _LOSS_SPAN * decades])
 
     def fit(self, told: Told) -> None:
         """Fits to what was told; starts from the last fit's hyperparameters."""
         known = self._foresight(told.policies)
-        points = self.points(told.policies)
+        points = self.points(told.policies, known)
         answers = {
             "objective": (told.objectives, known.objectives),
             "violation": (told.violations, known.violations),
@@ -101,7 +114,9 @@ class Forecaster:
         for kind, (values, exact) in answers.items():
             for j in np.flatnonzero(np.isnan(exact).any(axis=0)):
                 key = (kind, int(j))
-                columns[key] = self._column(points, values[:, j], self._starts.get(key))
+                # Over the logarithm of a guess, roots of losses bend less than losses.
+                rooted = known.loss is not None and kind == "objective"
+                columns[key] = self._column(points, values[:, j], self._starts.get(key), rooted)
         self._columns = columns
         self._starts = {
             key: column.process.parameters for key, column in columns.items() if column.process
@@ -117,11 +132,15 @@ class Forecaster:
             kind, j = name.split(".")
             self._starts[kind, int(j)] = theta.copy()
 
-    def _column(self, points: FloatArray, values: FloatArray, start: FloatArray | None) -> _Column:
+    def _column(
+        self, points: FloatArray, values: FloatArray, start: FloatArray | None, rooted: bool
+    ) -> _Column:
         if len(values) < 2 or np.ptp(values) == 0 or not len(self._groups):
             return _Column(None, float(values.mean()) if len(values) else 0.0)
+        rooted = rooted and bool(values.min() >= 0)
+        modelled = np.sqrt(values) if rooted else values
         iterations = _FIRST_ITERATIONS if start is None else _NEXT_ITERATIONS
-        return _Column(GaussianProcess(points, values, start, iterations), 0.0)
+        return _Column(GaussianProcess(points, modelled, start, iterations), rooted=rooted)
 
     def expected(self, policies: Sequence[Policy]) -> tuple[FloatArray, FloatArray]:
         """Expected objectives `(n, n_objectives)` and violations `(n, n_constraints)`."""
@@ -131,7 +150,8 @@ class Forecaster:
         self, policies: Sequence[Policy], n: int, rng: np.random.Generator
     ) -> list[FloatArray]:
         """Objectives `(n_policies, n_objectives)` under each of n functions of the posterior."""
-        known, points = self._foresight(policies), self.points(policies)
+        known = self._foresight(policies)
+        points = self.points(policies, known)
         drawn = np.repeat(known.objectives[None], n, axis=0)
         for (kind, j), column in self._columns.items():
             if kind == "objective":
@@ -141,7 +161,8 @@ class Forecaster:
     def _filled(
         self, policies: Sequence[Policy], predict: Callable[[_Column, FloatArray], FloatArray]
     ) -> tuple[FloatArray, FloatArray]:
-        known, points = self._foresight(policies), self.points(policies)
+        known = self._foresight(policies)
+        points = self.points(policies, known)
         objectives, violations = known.objectives.copy(), known.violations.copy()
         for (kind, j), column in self._columns.items():
             if kind == "objective":

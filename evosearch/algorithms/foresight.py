@@ -1,4 +1,4 @@
-"""What algorithms may know of a policy before it is measured: costs, in closed form."""
+"""What algorithms may know of a policy before it is measured: costs exactly, losses by guess."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,11 +21,14 @@ class Known:
         objectives: `(n, n_objectives)`, as they would be told; NaN where only measuring tells.
         violations: `(n, n_constraints)`, likewise.
         cost: `(n,)`, positive: what a policy costs, in any unit.
+        loss: `(n,)` from 0 for the dense network to 1: how much a policy loses, by a guess that
+            costs nothing. It need only be more for what loses more. None without such a guess.
     """
 
     objectives: FloatArray
     violations: FloatArray
     cost: FloatArray
+    loss: FloatArray | None = None
 
 
 Foresight = Callable[[Sequence[Policy]], Known]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from evosearch.pruning.table import GroupTable
 
-__all__ = ["SCALES", "Scale", "importance", "savings", "thresholds"]
+__all__ = ["SCALES", "Scale", "importance", "losses", "savings", "thresholds"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -86,13 +86,44 @@ def thresholds(
     """
     order_by = importance.copy()
     if power and saved is not None:
-        least = float(saved[saved > 0].min(initial=np.inf))
-        # What saves nothing goes with what saves least.
-        price = np.where(saved > 0, saved, least if np.isfinite(least) else 1.0) ** power
-        order_by /= np.repeat(price, table.channels)
+        order_by /= np.repeat(_prices(saved) ** power, table.channels)
     order = np.argsort(order_by, kind="stable")
     gone = np.zeros((len(order) + 1, len(table.groups)), dtype=np.int64)
     gone[np.arange(1, len(order) + 1), table.group_of[order]] = 1
     keep = table.whole(np.maximum(table.channels - np.cumsum(gone, axis=0), 1))
     changed = np.append(True, (np.diff(keep, axis=0) != 0).any(axis=1))
     return np.asarray(keep[changed])
+
+
+def losses(
+    importance: FloatArray, table: GroupTable, saved: FloatArray, power: float = 0.0
+) -> list[FloatArray]:
+    """What the channels that go are worth to a threshold: how much a policy should lose, by guess.
+
+    A knapsack is filled by worth over cost, so scores over `saved ** power` are the order for a
+    worth of scores times `saved ** (1 - power)`; of all policies that save as much, those of
+    `thresholds` lose least of that, up to the channel at the threshold.
+
+    Args:
+        importance: `(n_channels,)` on one scale; less than zero counts as zero.
+        table: The groups.
+        saved: `(n_groups,)` from `savings`.
+        power: As for `thresholds`.
+
+    Returns:
+        For each group `(n_channels + 1,)` by the number of channels that it keeps: shares of what
+        all channels of the network are worth.
+    """
+    worth = np.maximum(importance, 0.0)
+    worth *= np.repeat(_prices(saved) ** (1.0 - power), table.channels)
+    whole = float(worth.sum())
+    worth /= whole if whole > 0 else 1.0
+    groups = np.split(worth, table.offsets[1:])
+    # Keeping k, all but the k best are gone.
+    return [np.append(np.cumsum(np.sort(part))[::-1], 0.0) for part in groups]
+
+
+def _prices(saved: FloatArray) -> FloatArray:
+    """What is saved, positive: what saves nothing goes with what saves least."""
+    least = float(saved[saved > 0].min(initial=np.inf))
+    return np.where(saved > 0, saved, least if np.isfinite(least) else 1.0)

@@ -1,13 +1,21 @@
 """What single algorithms promise beyond the contract: budgets kept, models that predict."""
 
 from collections.abc import Sequence
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from evosearch.algorithms import Algorithm, AlgorithmSettings, Known, make_algorithm
+from evosearch.algorithms import (
+    Algorithm,
+    AlgorithmSettings,
+    Foresight,
+    Known,
+    make_algorithm,
+)
 from evosearch.algorithms.adaptive import SelfAdaptive
 from evosearch.algorithms.forecast import Forecaster, Told
 from evosearch.algorithms.gaussian import GaussianProcess
@@ -60,14 +68,16 @@ def foresight(policies: Sequence[Policy]) -> Known:
     )
 
 
-def make(name: str, seed: int = 0, population: int = 16, **options: object) -> Algorithm:
+def make(
+    name: str, seed: int = 0, population: int = 16, knows: Foresight = foresight, **options: object
+) -> Algorithm:
     settings = AlgorithmSettings(name=name, population=population, seed=seed, options=options)
-    return make_algorithm(settings, space(), 2, 2, foresight=foresight)
+    return make_algorithm(settings, space(), 2, 2, foresight=knows)
 
 
-def volume(name: str, seed: int, evaluations: int, **options: object) -> float:
+def volume(name: str, seed: int, evaluations: int, **changes: Any) -> float:
     """Hypervolume after so many distinct policies."""
-    algorithm, found = make(name, seed, **options), dict[Policy, tuple[float, float]]()
+    algorithm, found = make(name, seed, **changes), dict[Policy, tuple[float, float]]()
     while len(found) < evaluations and (genomes := algorithm.ask()) is not None:
         policies = space().decode(genomes)
         told = np.stack([damage(policies, seed), macs(policies)], axis=1)
@@ -195,6 +205,22 @@ def test_forecasts_of_costs_are_exact_and_of_measurements_near() -> None:
     assert np.array_equal(objectives[:, 1], told[50:, 1])
     assert np.array_equal(bounds[:, 0], told[50:, 1] / 0.8 - 1)
     assert np.corrcoef(objectives[:, 0], told[50:, 0])[0, 1] > 0.9
+
+
+def guessing(policies: Sequence[Policy], seed: int) -> Known:
+    """Knows losses, on another scale than the damage and wrong by a third."""
+    narrowest = [space().cheapest()]
+    lost, most = (np.expm1(damage(of, seed) / 3) for of in (policies, narrowest))
+    wrong = np.exp(0.3 * np.sin([sum(policy.keep) for policy in policies]))
+    return replace(foresight(policies), loss=np.asarray(0.7 * lost / most * wrong))
+
+
+def test_guessed_losses_are_worth_measurements() -> None:
+    with_them, without = (
+        [volume("surrogate", seed, 24, population=8, knows=knows(seed)) for seed in range(5)]
+        for knows in (lambda seed: partial(guessing, seed=seed), lambda _: foresight)
+    )
+    assert np.mean(with_them) > np.mean(without) + 0.02
 
 
 def test_a_surrogate_needs_fewer_evaluations_than_nsga2() -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from evosearch.algorithms.foresight import Foresight, Known
 from evosearch.algorithms.seeding import halves, ranked_genomes
 from evosearch.policy import Policy
-from evosearch.pruning.ranking import SCALES, Scale, importance, savings, thresholds
+from evosearch.pruning.ranking import SCALES, Scale, importance, losses, savings, thresholds
 from evosearch.pruning.table import GroupTable
 from evosearch.space import SearchSpace, make_space
 from evosearch.testing import chain_table
@@ -99,6 +99,39 @@ def test_what_saves_much_goes_first() -> None:
     none = saved * np.array([1, 0, 1])
     order = thresholds(narrow, table(), none, 1.0)
     assert (order[:, 1][order[:, int(saved.argmax())] > 1] == WIDTHS[1]).all()
+
+
+@given(st.integers(0, 10**6), st.floats(0, 2))
+def test_no_policy_that_saves_as_much_loses_less_than_that_of_a_threshold(
+    seed: int, power: float
+) -> None:
+    worth, saved = importance(scores(seed), table()), savings(table())
+    lost = losses(worth, table(), saved, power)
+    rungs = thresholds(worth, table(), saved, power)
+
+    def of(keep: IntArray) -> tuple[FloatArray, FloatArray]:
+        total = np.sum([part[k] for part, k in zip(lost, keep.T, strict=True)], axis=0)
+        return ((np.array(WIDTHS) - keep) * saved).sum(axis=1), total
+
+    other = np.random.default_rng(seed).integers(1, np.array(WIDTHS) + 1, (200, 3))
+    (gained, least), (gains, loses) = of(rungs), of(other)
+    as_much = gains[:, None] >= gained[None] + 1e-12
+    assert (loses[:, None] >= least[None] - 1e-12)[as_much].all()
+    assert as_much.any()
+
+
+def test_losses_run_from_all_to_nothing() -> None:
+    saved = savings(table())
+    lost = losses(importance(scores(0), table()), table(), saved)
+    assert [len(part) for part in lost] == [n + 1 for n in WIDTHS]
+    assert sum(part[0] for part in lost) == pytest.approx(1)
+    assert all(part[-1] == 0 and (np.diff(part) <= 0).all() for part in lost)
+    # By hand: of one group alone, scores are worth what they are.
+    raw = scores(0)[: WIDTHS[0]] - 0.5
+    alone = losses(raw, chain_table(WIDTHS[:1]), np.array([0.0]))
+    positive = np.maximum(raw, 0)
+    assert alone[0][4] == pytest.approx(np.sort(positive)[:-4].sum() / positive.sum())
+    assert not losses(raw * 0, chain_table(WIDTHS[:1]), np.array([0.0]))[0].any()
 
 
 def test_savings_are_what_half_of_a_group_saves() -> None:

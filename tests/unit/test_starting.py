@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from evosearch import run
-from evosearch.assembly import Assembled, assemble
+from evosearch.assembly import Assembled, Beginning, assemble, foresight_of
 from evosearch.errors import ConfigError, NetworkError
+from evosearch.facts import read_facts
+from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement
 from evosearch.policy import Policy
 from evosearch.pruning.criteria import channel_scores
+from evosearch.pruning.ranking import importance, savings
 from evosearch.recipe import RANKINGS, change_recipe, load_recipe
 from evosearch.scoring.workload import samples_of
 from evosearch.starting import ranked_by_channels
@@ -55,7 +58,7 @@ def default() -> Assembled:
 
 
 def policies(assembled: Assembled) -> list[Policy]:
-    return assembled.space.decode(np.array(ranked_by_channels(assembled)))
+    return assembled.space.decode(np.array(ranked_by_channels(assembled).ranked))
 
 
 def shares(assembled: Assembled, found: list[Policy]) -> list[float]:
@@ -110,7 +113,43 @@ def test_a_policy_keeps_the_channels_above_one_threshold() -> None:
 )
 def test_algorithms_take_as_many_as_they_use(algorithm: str, count: int) -> None:
     assembled = made(search__algorithm=algorithm, search__population=8)
-    assert len(ranked_by_channels(assembled)) == count
+    assert len(ranked_by_channels(assembled).ranked) == count
+
+
+def test_losses_are_guessed_by_the_first_ranking() -> None:
+    assembled = made(search__rankings=[*L1, RANKINGS[0].model_dump()])
+    table, lost = assembled.workload.plan.table, ranked_by_channels(assembled).losses
+    scores = channel_scores(assembled.workload.network().module, assembled.workload.plan, ["l1"])
+    parts = np.split(importance(scores[0], table, "mean"), table.offsets[1:])
+    worths = [part * saved for part, saved in zip(parts, savings(table), strict=True)]
+    foresee = foresight_of(assembled.goals, table, lost)
+    found = assembled.space.decode(np.random.default_rng(0).random((5, assembled.space.n_genes)))
+    guessed = foresee([assembled.space.dearest(), *found]).loss
+    assert guessed is not None
+    by_hand = [
+        sum(np.sort(w)[: len(w) - k].sum() for w, k in zip(worths, policy.keep, strict=True))
+        for policy in found
+    ]
+    assert guessed[0] == 0
+    assert np.allclose(guessed[1:], np.array(by_hand) / sum(w.sum() for w in worths), rtol=1e-4)
+    assert foresight_of(assembled.goals, table)(found).loss is None
+
+
+def test_a_run_from_another_one_guesses_losses_and_begins_with_no_rankings(tmp_path: Path) -> None:
+    few = {**FEW, "search.evaluations": 8, "search.baseline": 0}
+    recipe = change_recipe(load_recipe("quickstart"), few, "a test")
+    run.launch(recipe, tmp_path / "first", Heard())
+    run.launch(recipe, tmp_path / "second", Heard(), seed_from=tmp_path / "first")
+    facts = []
+    for name in ("first", "second"):
+        with Ledger.open(tmp_path / name) as ledger:
+            facts.append(read_facts(ledger))
+    assert facts[0].losses == facts[1].losses
+    assert len(facts[0].losses) == len(facts[0].groups)
+    assert facts[0].ranked
+    assert not facts[0].seeds
+    assert facts[1].seeds
+    assert not facts[1].ranked
 
 
 def test_ranking_alone_asks_for_all_rungs() -> None:
@@ -126,7 +165,7 @@ def test_no_rankings_are_none(algorithm: str) -> None:
         with pytest.raises(ConfigError, match=r"ranking asks for search\.rankings, and there are"):
             ranked_by_channels(assembled)
     else:
-        assert ranked_by_channels(assembled) == []
+        assert ranked_by_channels(assembled) == Beginning()
 
 
 @pytest.mark.parametrize("algorithm", ["uniform", "ranking", "sensitivity"])
@@ -149,7 +188,7 @@ def test_networks_without_batch_norm_are_ranked_by_their_weights() -> None:
     names = [ranking.criterion for ranking in assembled.recipe.search.rankings or ()]
     assert names[0] == "weight-taylor"
     assert not any(name.startswith("bn-") for name in names)
-    assert ranked_by_channels(assembled)
+    assert ranked_by_channels(assembled).ranked
 
 
 def test_wrong_rankings_are_told_by_field() -> None:
