@@ -481,7 +481,8 @@ def foresight_of(
         )
 
     def guess(policies: Sequence[Policy]) -> NDArray[np.float64]:
-        keep = np.array([policy.keep for policy in policies]).reshape(len(policies), len(guesses))
+        keep = np.array([policy.keep for policy in policies], dtype=np.int64)
+        keep = keep.reshape(len(policies), len(guesses))
         lost = [group[kept] for group, kept in zip(guesses, keep.T, strict=True)]
         return np.asarray(np.sum(lost, axis=0))
 

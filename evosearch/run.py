@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from evosearch.algorithms import RANKING
+from evosearch.algorithms import RANKING, SURROGATE
 from evosearch.assembly import (
     Assembled,
     Beginning,
@@ -164,18 +164,21 @@ def launch(
 def _beginning(
     assembled: Assembled, seed_from: Path | None, left_open: bool, observer: Observer
 ) -> Beginning:
-    """What another run found, or what rankings give; no rankings if they fail unnamed."""
+    """What another run found, or what rankings give; no rankings if they fail and may."""
     seeds = seeds_of_run(seed_from, assembled) if seed_from else []
+    name = assembled.recipe.search.algorithm
+    # What another run found is ahead of what rankings give, but for guesses of losses.
+    if seed_from and name != SURROGATE:
+        return Beginning(seeds=seeds)
     if begins_with_rankings(assembled):
         observer.phase("ranking channels")
     try:
         begins = ranked_by_channels(assembled)
     except NetworkError as exc:
-        if not left_open or assembled.recipe.search.algorithm == RANKING:
+        if not (left_open or seed_from) or name == RANKING:
             raise
         observer.phase(f"the search begins without rankings of channels: {exc}")
         begins = Beginning()
-    # What another run found is ahead of what rankings give, but for guesses of losses.
     return replace(begins, seeds=seeds, ranked=()) if seed_from else begins
 
 

@@ -1,6 +1,6 @@
-"""What a search begins with: the last population of another run, or what rankings of channels give.
+"""What a search begins with: what another run found, and what rankings of channels give.
 
-Either is worked out once, at launch, and is a fact of the run from then on.
+Both are worked out once, at launch, and are facts of the run from then on.
 """
 
 from collections.abc import Sequence

@@ -23,6 +23,7 @@ from evosearch.space import SearchSpace
 __all__ = [
     "ALGORITHMS",
     "RANKING",
+    "SURROGATE",
     "UNSEEDED",
     "Algorithm",
     "AlgorithmSettings",

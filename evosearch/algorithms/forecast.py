@@ -19,7 +19,7 @@ FloatArray = NDArray[np.float64]
 _DIGITS = 7
 _FIRST_ITERATIONS, _NEXT_ITERATIONS = 40, 12
 # A guessed loss below this is as good as none. Its coordinate is so many times as wide as others,
-# for the prior to expect more of it.
+# which leaves a curve over it all but free: the prior of a cubic grows with the sixth power.
 _LEAST_LOSS, _LOSS_SPAN = 1e-3, 3.0
 
 
@@ -99,8 +99,8 @@ class Forecaster:
         points = (np.log(keep[:, self._groups]) - self._low) / self._span
         if known.loss is None:
             return np.asarray(points)
-        decades = np.log(np.maximum(known.loss, _LEAST_LOSS)) / -np.log(_LEAST_LOSS)
-        return np.column_stack([points, 1 + _LOSS_SPAN * decades])
+        below_all = np.log(np.maximum(known.loss, _LEAST_LOSS)) / -np.log(_LEAST_LOSS)
+        return np.column_stack([points, 1 + _LOSS_SPAN * below_all])
 
     def fit(self, told: Told) -> None:
         """Fits to what was told; starts from the last fit's hyperparameters."""
@@ -143,7 +143,10 @@ class Forecaster:
         return _Column(GaussianProcess(points, modelled, start, iterations), rooted=rooted)
 
     def expected(self, policies: Sequence[Policy]) -> tuple[FloatArray, FloatArray]:
-        """Expected objectives `(n, n_objectives)` and violations `(n, n_constraints)`."""
+        """Expected objectives `(n, n_objectives)` and violations `(n, n_constraints)`.
+
+        The median where roots are modelled.
+        """
         return self._filled(policies, lambda column, points: column.mean(points))
 
     def imagined(

@@ -56,13 +56,16 @@ def _squares(a: FloatArray, b: FloatArray) -> FloatArray:
 
 
 def _curves(points: FloatArray) -> FloatArray:
-    """`(n, 3 n_dims)` Legendre polynomials of degree 1 to 3 of each coordinate in [-1/2, 1/2]."""
+    """`(n, 3 n_dims)` Legendre polynomials of degree 1 to 3 of each coordinate.
+
+    They are orthogonal over [-1/2, 1/2]; of a coordinate that is wider much more is expected.
+    """
     t = 2 * points
     return np.concatenate([t, (3 * t**2 - 1) / 2, (5 * t**3 - 3 * t) / 4], axis=1) / 2
 
 
 class GaussianProcess:
-    """A posterior over functions of `(n, n_dims)` points in about [0, 1].
+    """A posterior over functions of `(n, n_dims)` points, centred on [0, 1].
 
     Args:
         points: `(n, n_dims)` where the function was observed, n >= 2.

@@ -53,7 +53,7 @@ def damage(policies: Sequence[Policy], seed: int) -> FloatArray:
     n = len(WIDTHS)
     weights, powers = np.exp(rng.normal(-1, 1.2, n)), rng.uniform(1.5, 4, n)
     pairs = np.triu(rng.random((n, n)) < 0.3, 1) * np.sqrt(np.outer(weights, weights))
-    gone = 1 - np.array([p.keep for p in policies]) / np.array(WIDTHS)
+    gone = 1 - np.array([p.keep for p in policies]).reshape(-1, n) / np.array(WIDTHS)
     alone = (weights * gone**powers / (1.15 - gone)).sum(axis=1)
     together = np.einsum("ni,ij,nj->n", gone**2, pairs, gone**2)
     return np.asarray(3 * np.log1p((alone + together) / 2.5))
@@ -66,6 +66,14 @@ def foresight(policies: Sequence[Policy]) -> Known:
         violations=np.stack([cost / 0.8 - 1, unknown], axis=1),
         cost=cost,
     )
+
+
+def guessing(policies: Sequence[Policy], seed: int) -> Known:
+    """Knows losses, on another scale than the damage and wrong by a third."""
+    narrowest = [space().cheapest()]
+    lost, most = (np.expm1(damage(of, seed) / 3) for of in (policies, narrowest))
+    wrong = np.exp(0.3 * np.sin([sum(policy.keep) for policy in policies]))
+    return replace(foresight(policies), loss=np.asarray(0.7 * lost / most * wrong))
 
 
 def make(
@@ -207,12 +215,16 @@ def test_forecasts_of_costs_are_exact_and_of_measurements_near() -> None:
     assert np.corrcoef(objectives[:, 0], told[50:, 0])[0, 1] > 0.9
 
 
-def guessing(policies: Sequence[Policy], seed: int) -> Known:
-    """Knows losses, on another scale than the damage and wrong by a third."""
-    narrowest = [space().cheapest()]
-    lost, most = (np.expm1(damage(of, seed) / 3) for of in (policies, narrowest))
-    wrong = np.exp(0.3 * np.sin([sum(policy.keep) for policy in policies]))
-    return replace(foresight(policies), loss=np.asarray(0.7 * lost / most * wrong))
+def test_what_may_be_negative_is_modelled_as_it_is() -> None:
+    policies = space().decode(np.random.default_rng(0).random((40, len(WIDTHS))))
+    told = np.stack([damage(policies, 1) - 1, macs(policies)], axis=1)
+    violations = np.stack([np.zeros(40), damage(policies, 2) - 2], axis=1)
+    forecaster = Forecaster(space(), partial(guessing, seed=1))
+    forecaster.fit(Told(policies=policies, objectives=told, violations=violations))
+    objectives, bounds = forecaster.expected(policies)
+    for found, real in ((objectives[:, 0], told[:, 0]), (bounds[:, 1], violations[:, 1])):
+        assert real.min() < 0
+        assert np.abs(found - real).max() < 0.1
 
 
 def test_guessed_losses_are_worth_measurements() -> None:
@@ -247,8 +259,9 @@ def test_a_surrogate_asks_for_nothing_that_costs_too_much() -> None:
         algorithm.tell(told, np.stack([told[:, 1] / 0.8 - 1, np.zeros(len(told))], axis=1))
 
 
-def test_a_surrogate_goes_on_when_everything_failed() -> None:
-    algorithm = make("surrogate")
+@pytest.mark.parametrize("knows", [foresight, partial(guessing, seed=1)], ids=["bare", "guessing"])
+def test_a_surrogate_goes_on_when_everything_failed(knows: Foresight) -> None:
+    algorithm = make("surrogate", knows=knows)
     for _ in range(3):
         genomes = algorithm.ask()
         assert genomes is not None

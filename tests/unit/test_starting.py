@@ -1,6 +1,7 @@
 """What a search begins with: rankings of the channels of a real network."""
 
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from evosearch import run
-from evosearch.assembly import Assembled, Beginning, assemble, foresight_of
+from evosearch.assembly import Assembled, Beginning, algorithm_of, assemble, foresight_of
 from evosearch.errors import ConfigError, NetworkError
 from evosearch.facts import read_facts
 from evosearch.ledger import Ledger
@@ -132,7 +133,46 @@ def test_losses_are_guessed_by_the_first_ranking() -> None:
     ]
     assert guessed[0] == 0
     assert np.allclose(guessed[1:], np.array(by_hand) / sum(w.sum() for w in worths), rtol=1e-4)
+    assert foresee([]).loss is not None
     assert foresight_of(assembled.goals, table)(found).loss is None
+
+
+def test_guesses_of_a_run_reach_its_algorithm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begins: list[Beginning] = []
+
+    def heard(*arguments: Any) -> Any:
+        begins.append(arguments[-1])
+        return algorithm_of(*arguments)
+
+    monkeypatch.setattr(run, "algorithm_of", heard)
+    few = {**FEW, "search.evaluations": 2, "search.baseline": 0}
+    recipe = change_recipe(load_recipe("quickstart"), few, "a test")
+    run.launch(recipe, tmp_path / "run", Heard())
+    run.resume(tmp_path / "run", Heard(), evaluations=4)
+    with Ledger.open(tmp_path / "run") as ledger:
+        facts = read_facts(ledger)
+    known = Beginning(seeds=facts.seeds, ranked=facts.ranked, losses=facts.losses)
+    assert begins == [known, known]
+    assert len(known.losses) == len(facts.groups)
+
+
+def test_what_a_search_asks_for_depends_on_guesses() -> None:
+    assembled = default()
+    begins = ranked_by_channels(assembled)
+    asked = []
+    for known in (begins, replace(begins, losses=())):
+        table = assembled.workload.plan.table
+        algorithm = algorithm_of(assembled.recipe, assembled.space, assembled.goals, table, known)
+        for _ in range(4):
+            genomes = algorithm.ask()
+            assert genomes is not None
+            shares = table.shares_of(assembled.space.decode(genomes))["macs"]
+            told = np.stack([1 - shares**2, shares], axis=1)
+            algorithm.tell(told, np.zeros((len(told), 1)))
+        asked.append(genomes)
+    assert not np.array_equal(*asked)
 
 
 def test_a_run_from_another_one_guesses_losses_and_begins_with_no_rankings(tmp_path: Path) -> None:
@@ -150,6 +190,26 @@ def test_a_run_from_another_one_guesses_losses_and_begins_with_no_rankings(tmp_p
     assert not facts[0].seeds
     assert facts[1].seeds
     assert not facts[1].ranked
+
+
+def test_a_run_from_another_one_never_fails_for_rankings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise NetworkError("no gradients")
+
+    few = {**FEW, "search.evaluations": 8, "search.baseline": 0}
+    recipe = change_recipe(load_recipe("quickstart"), few, "a test")
+    run.launch(recipe, tmp_path / "first", Heard())
+    monkeypatch.setattr(run, "ranked_by_channels", fail)
+    named = change_recipe(recipe, {"search.rankings": L1}, "a test")
+    for number, (algorithm, said) in enumerate([("surrogate", True), ("nsga2", False)]):
+        heard, out = Heard(), tmp_path / f"next-{number}"
+        changed = change_recipe(named, {"search.algorithm": algorithm}, "a test")
+        assert run.launch(changed, out, heard, seed_from=tmp_path / "first").outcome.finished
+        told = "the search begins without rankings of channels: no gradients"
+        assert (told in heard.said) == said
+        assert ("ranking channels" in heard.said) == said
 
 
 def test_ranking_alone_asks_for_all_rungs() -> None:
