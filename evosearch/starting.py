@@ -89,7 +89,7 @@ class Ranked:
 
     Args:
         paths: Of each ranking what a rising threshold leaves, `(n_rungs, n_groups)` kept channels.
-        losses: By group and kept channels, shares of what all channels are worth to the first.
+        losses: By group and kept channels, what the first has it lose, as `ranking.losses` says.
     """
 
     paths: list[IntArray]

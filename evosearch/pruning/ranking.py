@@ -112,15 +112,15 @@ def losses(
 
     Returns:
         For each group `(n_channels + 1,)` by the number of channels that it keeps: shares of what
-        all channels of the network are worth.
+        goes where every group keeps one channel.
     """
     worth = np.maximum(importance, 0.0)
     worth *= np.repeat(_prices(saved) ** (1.0 - power), table.channels)
-    whole = float(worth.sum())
-    worth /= whole if whole > 0 else 1.0
     groups = np.split(worth, table.offsets[1:])
     # Keeping k, all but the k best are gone.
-    return [np.append(np.cumsum(np.sort(part))[::-1], 0.0) for part in groups]
+    gone = [np.append(np.cumsum(np.sort(part))[::-1], 0.0) for part in groups]
+    most = sum(float(part[1]) for part in gone)
+    return [part / (most if most > 0 else 1.0) for part in gone]
 
 
 def _prices(saved: FloatArray) -> FloatArray:
