@@ -18,7 +18,6 @@ from common import parser, show, write
 from numpy.typing import NDArray
 
 from evosearch.algorithms import ALGORITHMS, Algorithm, AlgorithmSettings, make_algorithm
-from evosearch.assembly import foresight_of
 from evosearch.networks import NetworkSpec, load_network
 from evosearch.policy import Policy
 from evosearch.pruning.groups import trace
@@ -26,6 +25,7 @@ from evosearch.pruning.ranking import losses as losses_of
 from evosearch.pruning.ranking import savings
 from evosearch.pruning.table import GroupTable
 from evosearch.scoring.objectives import Goals
+from evosearch.strategy import foresight_of
 from search_spaces.layer_sparsity import LayerSparsity
 
 POPULATIONS = {"surrogate": 8, "level-switch": 32, "nsga2": 32, "gde3": 32, "nsde": 32, "de": 32}

@@ -32,7 +32,7 @@ import torch
 from common import images, parser, show, write
 from scipy import stats
 
-from evosearch.assembly import Assembled, algorithm_of, assemble, pool_settings
+from evosearch.assembly import Assembled, assemble, pool_settings
 from evosearch.data import Images, open_source
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement
@@ -44,6 +44,7 @@ from evosearch.scoring.pool import Pool, make_pool
 from evosearch.scoring.scorer import Scorer
 from evosearch.search import SEARCH, Scoring, Search
 from evosearch.space import CriteriaFacts, SearchSpace, make_space
+from evosearch.strategy import algorithm_of
 from evosearch.training import TrainSettings, top1, train
 
 UNIFORM = {"sparsity": [0.0, 0.95], "grouping": "network"}

@@ -35,7 +35,7 @@ import numpy as np
 from common import parser, show, write
 from numpy.typing import NDArray
 
-from evosearch.assembly import Assembled, algorithm_of, assemble
+from evosearch.assembly import Assembled, assemble
 from evosearch.ledger import Ledger
 from evosearch.measurement import METRICS, Measurement, Status
 from evosearch.policy import Policy
@@ -47,6 +47,7 @@ from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.simulation import Fate, RealClock, SimulatedCluster
 from evosearch.search import Scoring, Search
 from evosearch.snapshots import snapshot_stamp
+from evosearch.strategy import algorithm_of
 
 POPULATION = 512
 TIMEOUT_S = 600.0

@@ -38,7 +38,6 @@ from numpy.typing import NDArray
 
 from evosearch.algorithms import AlgorithmSettings, Foresight, make_algorithm, ranked_count
 from evosearch.algorithms.seeding import ranked_genomes
-from evosearch.assembly import foresight_of
 from evosearch.data import Images, open_source
 from evosearch.materials import as_trained
 from evosearch.measurement import METRICS, Measurement
@@ -53,6 +52,7 @@ from evosearch.scoring.proxies import ProxySettings
 from evosearch.scoring.workload import Workload, prepare_workload, settled_precision
 from evosearch.space import SearchSpace, make_space, unique_rows
 from evosearch.starting import Ranked, rank_channels
+from evosearch.strategy import foresight_of
 
 FloatArray = NDArray[np.float64]
 

@@ -14,15 +14,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from evosearch.algorithms import RANKING, SURROGATE
-from evosearch.assembly import (
-    Assembled,
-    Beginning,
-    algorithm_of,
-    assemble,
-    goals_of,
-    pool_settings,
-    wants_latency,
-)
+from evosearch.assembly import Assembled, assemble, pool_settings
 from evosearch.checking import check_front, time_front
 from evosearch.errors import (
     BudgetUnreachable,
@@ -41,6 +33,7 @@ from evosearch.results.front import Results, read_results
 from evosearch.search import BASELINE, SEARCH, Outcome, Scoring, Search
 from evosearch.snapshots import snapshot_stamp
 from evosearch.starting import begins_with_rankings, ranked_by_channels, seeds_of_run
+from evosearch.strategy import Beginning, algorithm_of, goals_of, wants_latency
 
 __all__ = ["Finished", "Observer", "StopSignal", "launch", "new_run_directory", "resume"]
 

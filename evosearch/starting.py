@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from evosearch.algorithms import RANKING, UNSEEDED, ranked_count
 from evosearch.algorithms.seeding import ranked_genomes
-from evosearch.assembly import Assembled, Beginning, algorithm_settings, foresight_of
+from evosearch.assembly import Assembled
 from evosearch.errors import ConfigError
 from evosearch.facts import read_facts
 from evosearch.ledger import Ledger
@@ -20,6 +20,7 @@ from evosearch.pruning.criteria import channel_scores
 from evosearch.pruning.ranking import importance, losses, savings, thresholds
 from evosearch.recipe import RankingRecipe
 from evosearch.scoring.workload import Workload, samples_of, single_thread
+from evosearch.strategy import Beginning, algorithm_settings, foresight_of
 
 __all__ = ["Ranked", "begins_with_rankings", "rank_channels", "ranked_by_channels", "seeds_of_run"]
 

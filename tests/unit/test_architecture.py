@@ -32,7 +32,7 @@ LAYERS = (
     ("evosearch.checking", "evosearch.starting"),
     ("evosearch.results",),
     ("evosearch.assembly", "evosearch.testing"),
-    ("evosearch.search",),
+    ("evosearch.search", "evosearch.strategy"),
     ("evosearch.doubts", "evosearch.facts", "evosearch.materials", "evosearch.snapshots"),
     ("evosearch.algorithms", "evosearch.scoring"),
     ("evosearch.pruning", "evosearch.training"),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from evosearch import run
-from evosearch.assembly import Assembled, Beginning, algorithm_of, assemble, foresight_of
+from evosearch.assembly import Assembled, assemble
 from evosearch.errors import ConfigError, NetworkError
 from evosearch.facts import read_facts
 from evosearch.ledger import Ledger
@@ -23,6 +23,7 @@ from evosearch.pruning.ranking import importance, savings
 from evosearch.recipe import RANKINGS, change_recipe, load_recipe
 from evosearch.scoring.workload import samples_of
 from evosearch.starting import ranked_by_channels
+from evosearch.strategy import Beginning, algorithm_of, foresight_of
 
 L1 = [{"criterion": "l1", "scale": "mean", "power": 0.0}]
 FEW = {
