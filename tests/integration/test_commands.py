@@ -1,9 +1,9 @@
 """The commands as a user meets them."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,14 +24,11 @@ COMMANDS = [
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_instant_and_has_an_example(command: str) -> None:
     arguments = [sys.executable, "-m", "evosearch", *([command] if command else []), "--help"]
-    # The best of ten, if it must be: what other processes take meanwhile is not ours.
-    for _ in range(10):
-        start = time.perf_counter()
-        out = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
-        spent = time.perf_counter() - start
-        if spent < 0.5:
-            break
-    assert spent < 0.5
+    # What the process takes itself: a clock would tell of the others, too.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    out = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
     assert not command or f"Example: evosearch {command}" in out
 
 
@@ -55,7 +52,7 @@ def test_list_names_what_a_recipe_can_name(cli: Cli, what: str, name: str) -> No
 
 
 def test_quickstart_ends_with_front_hypervolumes_and_files(cli: Cli) -> None:
-    options = ("--workers", "0", "--evaluations", "9", "--set", "search.baseline=6")
+    options = ("--workers", "0", "--evaluations", "5", "--set", "search.baseline=3")
     said = cli.run("launch", "quickstart", *options).stdout
     assert "Pareto front" in said
     assert "hypervolume" in said
@@ -175,7 +172,12 @@ def test_networks_that_run_without_evosearch(cli: Cli, run: Path) -> None:
     assert not (cli.folder / "other.onnx").exists()
 
 
-def test_the_networks_of_a_front_are_exported_together(cli: Cli, run: Path) -> None:
+def test_the_networks_of_a_front_are_exported_together(
+    cli: Cli, recipe: Callable[..., str]
+) -> None:
+    # A small front: each of its networks is written four times.
+    few = ("--evaluations", "5", "--set", "search.baseline=0")
+    cli.here("launch", recipe(), "--out", "run", *few)
     cli.here("export", "run", "front.csv")
     front = pd.read_csv(cli.folder / "front.csv")
     said = cli.here("export", "run", "networks").stdout
@@ -201,8 +203,9 @@ def test_the_networks_of_a_front_are_exported_together(cli: Cli, run: Path) -> N
 
     cli.here("export", "run", "for-phones", "--as", "onnx")
     index = pd.read_csv(cli.folder / "for-phones" / "networks.csv")
+    assert all((cli.folder / "for-phones" / file).exists() for file in index["file"])
     images = torch.randn(4, 3, 32, 32)
-    for row in index.itertuples():
+    for row in index.iloc[[0, -1]].itertuples():
         session = onnxruntime.InferenceSession(cli.folder / "for-phones" / str(row.file))
         (found,) = session.run(None, {"images": images.numpy()})
         cli.here("export", "run", "one.safetensors", "--policy", row.policy)
@@ -210,13 +213,16 @@ def test_the_networks_of_a_front_are_exported_together(cli: Cli, run: Path) -> N
             wanted = evosearch.load_pruned(cli.folder / "one.safetensors")(images)
         torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-3, atol=1e-3)
 
+
+def test_folders_of_networks_refuse_what_is_for_files(cli: Cli, run: Path) -> None:
+    (run.parent / "networks").mkdir()
     for option in (("--all",), ("--generation", "1")):
         refused = cli.here("export", "run", "networks", *option, code=2).stderr
         assert "write tables, networks is none" in refused
     (cli.folder / "taken").touch()
     refused = cli.here("export", "run", "taken", code=2).stderr
     assert "taken is not a folder" in refused
-    refused = cli.here("export", "run", "networks", "--policy", last.policy, code=2).stderr
+    refused = cli.here("export", "run", "networks", "--policy", "5bf75d96", code=2).stderr
     assert "FILE must end with .safetensors" in refused
     refused = cli.here("export", "run", "networks", "--as", "onx", code=2).stderr
     assert "--as onx: networks are written as .safetensors, .onnx or .pt2" in refused
@@ -262,7 +268,8 @@ def test_networks_are_prepared_by_another_proxy_than_the_searchs(
 
 
 def test_profile_predicts_before_anything_is_searched(cli: Cli, recipe: Callable[..., str]) -> None:
-    said = cli.run("profile", recipe(), "--workers", "2").stdout
+    clock = ("--set", f"latency.measure={TINY}:weigh")
+    said = cli.run("profile", recipe(), "--workers", "2", *clock).stdout
     assert "genes       3 for 3 groups" in said
     assert "classifier" in said
     assert "it is the network's output" in said

@@ -3,7 +3,7 @@
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -14,18 +14,12 @@ from evosearch.ledger import Ledger
 from evosearch.measurement import Terms
 from tests.integration.conftest import TINY, Cli
 
-ALGORITHMS = ["de", "nsga2", "gde3", "nsde", "random", "uniform"]
-# Single-objective algorithms take the other objective as a constraint.
-GOALS = {
-    "de": ['search.objectives=["divergence"]', 'search.constraints=["macs <= 0.6"]'],
+# Every algorithm is stopped and resumed in unit/test_search_resuming.py, in one process; here it is
+# the process that matters. The surrogate, races and nsga2 are killed in tests of their own.
+KILLED = {
+    "de": ('search.objectives=["divergence"]', 'search.constraints=["macs <= 0.6"]'),
+    "gde3": (),
 }
-
-
-def settings(algorithm: str) -> list[str]:
-    chosen = ["--algorithm", algorithm]
-    for goal in GOALS.get(algorithm, []):
-        chosen += ["--set", goal]
-    return chosen
 
 
 def kill_tree(pid: int) -> None:
@@ -48,13 +42,21 @@ def landed(run: Path) -> list[tuple[str, str, float]]:
         ]
 
 
-def check(cli: Cli, recipe: str, options: list[str], name: str, latest: int = 25) -> None:
-    """Searches twice, kills one at a random moment, resumes it, compares the exports."""
+def check(
+    cli: Cli,
+    recipe: str,
+    options: Sequence[str],
+    name: str,
+    latest: int = 25,
+    more: Sequence[str] = (),
+) -> None:
+    """Searches twice, kills one at a random moment, resumes it, compares the exports.
+
+    The one that is killed has `more` options: the other one never leaves the process of the tests.
+    """
     whole, killed = cli.folder / f"{name}-whole", cli.folder / f"{name}-killed"
-    # Ray stays out of the process of the tests.
-    launch = cli.run if "--workers" in options else cli.here
-    launch("launch", recipe, "--out", str(whole), *options)
-    process = cli.start("launch", recipe, "--out", str(killed), *options)
+    cli.here("launch", recipe, "--out", str(whole), *options)
+    process = cli.start("launch", recipe, "--out", str(killed), *options, *more)
     moment = random.Random(os.urandom(8)).randint(1, latest)
     cli.wait_for(process, killed, moment)
     kill_tree(process.pid)
@@ -71,11 +73,12 @@ def check(cli: Cli, recipe: str, options: list[str], name: str, latest: int = 25
     pd.testing.assert_frame_equal(*everything)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", KILLED)
 def test_killed_search_ends_as_if_never_killed(
     cli: Cli, recipe: Callable[..., str], algorithm: str
 ) -> None:
-    check(cli, recipe(), settings(algorithm), algorithm)
+    goals = [part for goal in KILLED[algorithm] for part in ("--set", goal)]
+    check(cli, recipe(), ["--algorithm", algorithm, *goals], algorithm)
 
 
 def test_killed_search_with_races_ends_as_if_never_killed(

@@ -29,17 +29,6 @@ def measured(run: Path) -> dict[str, Measurement]:
         return ledger.measurements()
 
 
-def test_ray_and_the_process_measure_the_same_bits(cli: Cli, recipe: Callable[..., str]) -> None:
-    for workers, launch in (("0", cli.here), ("2", cli.run)):
-        launch("launch", recipe(), "--out", workers, "--workers", workers, "--evaluations", "20")
-    here, there = (
-        {digest: dict(m.metrics) for digest, m in measured(cli.folder / workers).items()}
-        for workers in ("0", "2")
-    )
-    assert here == there
-    assert len(here) >= 20
-
-
 def failures(cli: Cli, recipe: str, *options: str) -> list[Measurement]:
     cli.run("launch", recipe, "--out", "run", "--evaluations", "6", "--workers", "2", *options)
     found = measured(cli.folder / "run").values()
@@ -150,4 +139,4 @@ def test_interrupt_with_workers_resumes_to_the_same_end(
 
 
 def test_killed_search_on_ray_ends_as_if_never_killed(cli: Cli, recipe: Callable[..., str]) -> None:
-    check(cli, recipe(), ["--workers", "2"], "ray")
+    check(cli, recipe(), [], "ray", more=("--workers", "2"))

@@ -2,9 +2,10 @@
 
 torch's fake tensors know shape, type and device, and refuse what a real GPU would make wait or
 fail: a number that is asked for (`.item()`, a branch on a tensor), and tensors of two devices in
-one operation. Prints, as JSON, how often a second candidate moved something between devices.
+one operation. Prints, as JSON, how often a second candidate of each network moved something between
+devices, where all layers are fitted or those that are cut.
 
-    python -m tests.unit.fake_gpu resnet20
+    python -m tests.unit.fake_gpu resnet20,all resnet32,all resnet20,cut
 """
 
 import json
@@ -13,6 +14,7 @@ import sys
 import warnings
 from collections import Counter
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from torch import Tensor, nn
@@ -27,6 +29,9 @@ from evosearch.scoring import proxies
 from evosearch.scoring.proxies import Bench, Keep, Proxy, ProxySettings
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.workload import prepare_workload
+
+# Fake tensors that stood in for parameters are not freed in peace.
+LIVING: list[Scorer] = []
 
 
 def everything(bench: Bench, keep: Keep) -> None:
@@ -68,15 +73,8 @@ def moved(module: nn.Module, device: str) -> nn.Module:
     return module
 
 
-def main(name: str, layers: str) -> None:
-    proxies.PROXIES["everything"] = Proxy(
-        title="all steps",
-        prepare=everything,
-        needs_grams=True,
-        needs_moments=True,
-        needs_targets=True,
-        needs_teacher=True,
-    )
+def transfers(name: str, layers: str) -> dict[str, int]:
+    """How often the second candidate moved something, by direction."""
     network = load_network(NetworkSpec(name=name))
     plan = trace(network)
     source = open_source("cifar10-sample")
@@ -90,18 +88,30 @@ def main(name: str, layers: str) -> None:
     )
     images = source.training().take(np.arange(64)), source.held_out().take(np.arange(64))
     workload = prepare_workload(network, plan, settings, *images)
-    nn.Module.to = moved  # type: ignore[method-assign, assignment]
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # Workloads are prepared with real tensors.
+    with patch.object(nn.Module, "to", moved), FakeTensorMode(allow_non_fake_inputs=True):
         scorer = Scorer(workload, "cuda")
+        LIVING.append(scorer)
         for keep in (plan.table.channels // 2, plan.table.channels // 3):
-            with Transfers() as transfers:
+            with Transfers() as seen:
                 everything(scorer, scorer.keep(Policy(tuple(map(int, keep)))))
                 for outputs, distortion in scorer._answers():
                     assert outputs.shape == (32, 10)
                     assert distortion.shape == (32,)
-    sys.stdout.write(json.dumps(transfers.counts))
+    return dict(seen.counts)
+
+
+def main(*names: str) -> None:
+    proxies.PROXIES["everything"] = Proxy(
+        title="all steps",
+        prepare=everything,
+        needs_grams=True,
+        needs_moments=True,
+        needs_targets=True,
+        needs_teacher=True,
+    )
+    sys.stdout.write(json.dumps([transfers(*name.split(",")) for name in names]))
     sys.stdout.flush()
-    # Fake tensors that stood in for parameters are not freed in peace.
     os._exit(0)
 
 

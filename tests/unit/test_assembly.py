@@ -164,7 +164,10 @@ def test_few_images_are_doubted_where_distortion_is_that_of_outputs() -> None:
 
 
 def test_profile_shows_what_is_done_to_images() -> None:
-    plain = recipe(network={"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.24, 0.26]})
+    plain = recipe(
+        network={"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.24, 0.26]},
+        latency={"measure": f"{__name__}:seconds_by_weights"},
+    )
     lines = "\n".join(profile_lines(plain, profile(plain)))
     assert "images      64 for calibration, 64 for validation, of cifar10-sample" in lines
     assert "mean 0.5, 0.4, 0.3; std 0.25, 0.24, 0.26" in lines
@@ -174,8 +177,8 @@ def test_profile_shows_what_is_done_to_images() -> None:
 
 
 def test_profile_shows_the_costs_that_a_projection_leaves() -> None:
-    projected = recipe(space={"project_onto": {"macs": 0.5}})
-    found = profile(projected)
+    by_weights = {"measure": f"{__name__}:seconds_by_weights"}
+    found = profile(recipe(space={"project_onto": {"macs": 0.5}}, latency=by_weights))
     assert 0.4 < found.lowest["macs"] <= found.highest["macs"] <= 0.5
 
 

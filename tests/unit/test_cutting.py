@@ -30,13 +30,8 @@ from tests.unit.cuts import (
 )
 from tests.unit.small_networks import own
 
-SLOW = {"vgg11_bn"}  # 129 million parameters; tracing alone takes 12 s
 
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in SPECS],
-)
+@pytest.fixture(scope="module", params=SPECS)
 def traced(request: pytest.FixtureRequest) -> Traced:
     return traced_anew(request.param)
 
