@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.simulation import Fate, RealClock, SimulatedCluster
 from evosearch.search import Scoring, Search
 from evosearch.snapshots import snapshot_stamp
+from evosearch.starting import ranked_by_channels
 from evosearch.strategy import algorithm_of
 
 POPULATION = 512
@@ -149,9 +151,13 @@ def first_population(assembled: Assembled) -> list[Policy]:
     return assembled.space.decode(genomes)
 
 
+# What a launch ranks once.
+beginning = cache(ranked_by_channels)
+
+
 def make_algorithm(assembled: Assembled) -> Any:
-    table = assembled.workload.plan.table
-    return algorithm_of(assembled.recipe, assembled.space, assembled.goals, table)
+    table, begins = assembled.workload.plan.table, beginning(assembled)
+    return algorithm_of(assembled.recipe, assembled.space, assembled.goals, table, begins)
 
 
 Score = Callable[..., None]

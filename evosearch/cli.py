@@ -62,6 +62,13 @@ class Progress:
             self.phase(f"{track} {count} of {budget}")
 
 
+def _loading() -> Progress:
+    """Says what takes seconds, and minutes where gigabytes were installed just before."""
+    progress = Progress()
+    progress.phase("loading torch")
+    return progress
+
+
 def _recipe(
     name: str,
     settings: list[str] | None,
@@ -127,10 +134,11 @@ def launch(
         run__workers=workers,
         run__ray_address=ray_address,
     )
+    progress = _loading()
     from evosearch.run import launch as start
     from evosearch.run import new_run_directory
 
-    _conclude(start(checked, out or new_run_directory(recipe), Progress(), seed_from=seed_from))
+    _conclude(start(checked, out or new_run_directory(recipe), progress, seed_from=seed_from))
 
 
 @app.command()
@@ -144,11 +152,12 @@ def resume(
 
     Example: evosearch resume runs/quickstart --evaluations 500
     """
+    progress = _loading()
     from evosearch.run import resume as proceed
 
     options = {"workers": workers, "ray_address": ray_address}
     given = {key: value for key, value in options.items() if value is not None}
-    _conclude(proceed(run, Progress(), evaluations=evaluations, run_options=given))
+    _conclude(proceed(run, progress, evaluations=evaluations, run_options=given))
 
 
 @app.command()

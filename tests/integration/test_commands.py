@@ -1,6 +1,7 @@
 """The commands as a user meets them."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -324,6 +325,7 @@ def test_a_search_begins_with_rankings(cli: Cli, recipe: Callable[..., str]) -> 
 
     goals = ("--evaluations", "12", "--set", "search.baseline=0")
     said = cli.here("launch", recipe(), "--out", "ranked", *goals).stderr
+    assert re.match(r"\[ +0\.\d s\] loading torch\n", said)
     assert "ranking channels" in said
     cli.here("launch", recipe(), "--out", "alone", *goals, "--algorithm", "ranking")
     asked = []
