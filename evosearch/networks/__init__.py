@@ -5,10 +5,10 @@ from evosearch.networks.loading import (
     Network,
     NetworkSpec,
     build_module,
-    import_own,
     is_own,
     load_network,
 )
+from evosearch.networks.own import import_own, importing
 from evosearch.networks.portable import PORTABLE, write_portable
 from evosearch.networks.weights import (
     load_into,
@@ -26,6 +26,7 @@ __all__ = [
     "NetworkSpec",
     "build_module",
     "import_own",
+    "importing",
     "is_own",
     "load_into",
     "load_network",

@@ -1,15 +1,11 @@
 """From the name of a network to the network: built in, torchvision's, or a user's own."""
 
-import importlib
-import importlib.util
 import inspect
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,17 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from evosearch.errors import ConfigError, NetworkError
+from evosearch.errors import NetworkError
 from evosearch.networks.catalogue import BUILT_IN, IMAGENET, InputSpec
+from evosearch.networks.own import import_file, import_named
 from evosearch.networks.weights import load_into, read_weights, weights_path
 
 __all__ = [
     "Network",
     "NetworkSpec",
     "build_module",
-    "import_file",
-    "import_named",
-    "import_own",
     "is_own",
     "load_network",
 ]
@@ -93,42 +87,6 @@ def _torchvision_factory(name: str) -> Callable[..., nn.Module] | None:
 
     known = models.list_models(module=models)
     return models.get_model_builder(name) if name in known else None
-
-
-def import_file(path: Path) -> ModuleType:
-    """Imports a Python file of a user; raises whatever it raises."""
-    # Registered under a name, as classes defined in the file expect to find their module.
-    module_name = f"evosearch_user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def import_named(name: str) -> ModuleType:
-    """Imports a module of a user by name; raises whatever it raises."""
-    # A console script, unlike `python -m`, does not look for modules where it runs.
-    here = str(Path.cwd())
-    if not {here, ""} & set(sys.path):
-        sys.path.insert(0, here)
-    return importlib.import_module(name)
-
-
-def import_own(name: str) -> object:
-    """What a user means by `module:attribute` or `path/to/file.py:attribute`.
-
-    Raises:
-        ConfigError: The file does not exist.
-        Exception: Whatever importing it, or looking for the attribute, raises.
-    """
-    place, _, attribute = name.rpartition(":")
-    if place.endswith(".py") and not Path(place).is_file():
-        raise ConfigError(f"file {place} does not exist")
-    module = import_file(Path(place)) if place.endswith(".py") else import_named(place)
-    return getattr(module, attribute)
 
 
 def _own_factory(name: str) -> Callable[..., nn.Module]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evosearch.errors import ConfigError, NetworkError
-from evosearch.networks import import_own
+from evosearch.networks import import_own, importing
 from evosearch.networks.onnx_models import (
     exported_program,
     onnx_model,
@@ -156,12 +156,8 @@ def stopwatch_named(name: str | None) -> Stopwatch:
             f"latency.measure = {name!r}: there are {', '.join(STOPWATCHES)}, or name your own "
             "function as module:function or path/to/file.py:function"
         )
-    try:
+    with importing(f"latency.measure = {name!r}"):
         found = import_own(name)
-    except ConfigError as exc:
-        raise ConfigError(f"latency.measure = {name!r}: {exc}") from exc
-    except (Exception, SystemExit) as exc:  # a user's file may do anything while it is imported
-        raise ConfigError(f"latency.measure = {name!r}: importing it failed with {exc!r}") from exc
     if not callable(found):
         raise ConfigError(
             f"latency.measure = {name!r} is no function, but a {type(found).__name__}"

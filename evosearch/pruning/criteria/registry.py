@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from torch import Tensor
 
 from evosearch.errors import ConfigError
-from evosearch.networks.loading import import_own
+from evosearch.networks.own import import_own, importing
 from evosearch.pruning.criteria import excitation, gradients, maps, residual, weights
 from evosearch.pruning.criteria.evidence import NEEDS
 from evosearch.pruning.criteria.view import GroupView
@@ -147,12 +147,8 @@ def criterion_named(name: str) -> Criterion:
             f"no criterion {name!r}; there are {', '.join([*CRITERIA, *known_criteria()])}, or "
             "your own as module:function or path/to/file.py:function"
         )
-    try:
+    with importing(f"criterion {name!r}"):
         found = _loaded(name)
-    except ConfigError as exc:
-        raise ConfigError(f"criterion {name!r}: {exc}") from exc
-    except (Exception, SystemExit) as exc:  # a user's file may do anything while it is imported
-        raise ConfigError(f"criterion {name!r}: importing it failed with {exc!r}") from exc
     if isinstance(found, Criterion):
         return found
     if not callable(found):
