@@ -124,7 +124,7 @@ def export_file(
         )
     if (networks or file.suffix == ".png") and (choice.everything or choice.generation is not None):
         raise ConfigError(f"--all and --generation write tables, {file} is none")
-    if networks:
+    if networks or _is_network(run):
         return _export_networks(run, file, choice.policy, choice.suffix, preparation, told)
     with Ledger.open(run) as ledger:
         results = read_results(ledger)
@@ -138,6 +138,10 @@ def export_file(
     return f"{file}: {len(records.rows)} policies"
 
 
+def _is_network(run: Path) -> bool:
+    return run.suffix == ".safetensors" and not run.is_dir()
+
+
 def _export_networks(
     run: Path,
     file: Path,
@@ -148,7 +152,7 @@ def _export_networks(
 ) -> str:
     from evosearch.results.networks import convert_network, export_front, export_network
 
-    if run.suffix == ".safetensors" and not run.is_dir():
+    if _is_network(run):
         if policy is not None or preparation:
             raise ConfigError(f"{run} is one network, which is written as it is")
         if file.suffix not in _PORTABLE:

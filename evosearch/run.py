@@ -27,6 +27,7 @@ from evosearch.facts import RunFacts, check_same, read_facts
 from evosearch.files import write_atomically
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement
+from evosearch.networks import check_repeatable
 from evosearch.recipe import Recipe, load_recipe
 from evosearch.results.export import export, front_records
 from evosearch.results.front import Results, read_results
@@ -134,6 +135,7 @@ def launch(
     timing = ", timing networks of many widths" if wants_latency(recipe, goals_of(recipe)) else ""
     observer.phase(f"preparing {recipe.network.name}{timing}")
     assembled = assemble(recipe, settles_widths=True)
+    check_repeatable(assembled.workload.network())
     _announce(assembled, observer)
     begins = _beginning(assembled, seed_from, recipe.search.rankings is None, observer)
     try:

@@ -45,6 +45,7 @@ def read_status(run: Path) -> dict[str, Any]:
         "elapsed_seconds": elapsed,
         "seconds_left": elapsed / done * (facts.evaluations - done) if done else None,
         "front": sum(row.on_front for row in results.rows),
+        "feasible": results.feasible,
         "hypervolume": results.hypervolume(),
         "baseline_hypervolume": results.baseline_hypervolume(),
     }

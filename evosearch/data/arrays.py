@@ -56,6 +56,26 @@ class Images:
         if len(self.labels) and self.labels.min() < 0:
             raise DataError(f"labels must be >= 0, found {int(self.labels.min())}")
 
+    def check_classes(self, classes: int, part: str) -> None:
+        """Checks that a network has a class for each label.
+
+        Args:
+            classes: The network's.
+            part: What the images are for, in a message.
+
+        Raises:
+            DataError: It has not.
+        """
+        most = int(self.labels.max(initial=0))
+        if most < classes:
+            return
+        hint = "set network.num_classes, or name the network of these labels"
+        if most == classes and self.labels.min() > 0:
+            hint = "labels count from 0, and these seem to count from 1: subtract it"
+        raise DataError(
+            f"the network has {classes} classes, but a {part} image has the label {most}; {hint}"
+        )
+
     def __len__(self) -> int:
         return len(self.pixels)
 

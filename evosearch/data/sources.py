@@ -151,6 +151,10 @@ class _Files:
         return Images(pixels, self.labels[indices])
 
 
+# Of grey images, of coloured ones, and with an alpha channel.
+_CHANNELS = (1, 3, 4)
+
+
 def _read_npz(path: Path) -> Images:
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -172,6 +176,13 @@ def _read_npz(path: Path) -> Images:
         raise DataError(f"{path}: labels must be integers, got {labels.dtype}")
     if pixels.ndim == 3:
         pixels = pixels[..., np.newaxis]
+    if pixels.ndim == 4 and pixels.shape[1] in _CHANNELS and pixels.shape[3] not in _CHANNELS:
+        raise DataError(
+            f"{path}: images of shape {pixels.shape} look like (n, channels, height, width), "
+            "wanted (n, height, width, channels): images.transpose(0, 2, 3, 1)"
+        )
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
     try:
         return Images(pixels, labels.astype(np.int64))
     except DataError as exc:

@@ -5,8 +5,10 @@ from evosearch.networks.loading import (
     Network,
     NetworkSpec,
     build_module,
+    check_repeatable,
     is_own,
     load_network,
+    plain,
 )
 from evosearch.networks.own import import_own, importing
 from evosearch.networks.portable import PORTABLE, write_portable
@@ -25,11 +27,13 @@ __all__ = [
     "Network",
     "NetworkSpec",
     "build_module",
+    "check_repeatable",
     "import_own",
     "importing",
     "is_own",
     "load_into",
     "load_network",
+    "plain",
     "put_state",
     "read_weights",
     "save_weights",

@@ -12,6 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from evosearch.errors import NetworkError
 from evosearch.networks.catalogue import BUILT_IN, IMAGENET, InputSpec
@@ -22,8 +26,10 @@ __all__ = [
     "Network",
     "NetworkSpec",
     "build_module",
+    "check_repeatable",
     "is_own",
     "load_network",
+    "plain",
 ]
 
 
@@ -113,6 +119,39 @@ def _call(name: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) 
         raise NetworkError(
             f"network {name!r} must return a torch.nn.Module, got {type(module).__name__}"
         )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise NetworkError(
+            f"network {name!r} is TorchScript, whose layers cannot be cut; return the module that "
+            "was scripted or traced"
+        )
+    lazy = [n for n, layer in module.named_modules() if isinstance(layer, LazyModuleMixin)]
+    if lazy:
+        raise NetworkError(
+            f"network {name!r}: {lazy[0]} has seen no input yet, and so has no width; have "
+            "what makes the network run it once"
+        )
+    return module.float()
+
+
+@torch.no_grad()
+def plain(module: nn.Module) -> nn.Module:
+    """A network of plain tensors: weights that are computed anew at each call become what they are.
+
+    `weight_norm` and `spectral_norm` of `torch.nn.utils`, old and new, and other parametrizations:
+    a layer that is cut has the weights that it was given.
+
+    Args:
+        module: In evaluation mode; changed.
+    """
+    for layer in module.modules():
+        for hook in list(layer._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(layer, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(layer, hook.name)
+        if parametrize.is_parametrized(layer):
+            for name in list(layer.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
     return module
 
 
@@ -223,6 +262,23 @@ def _check_parameters(module: nn.Module, spec: NetworkSpec) -> None:
             )
 
 
+def check_repeatable(network: Network) -> None:
+    """Checks that a user's function, where no weights are named, makes the same network again.
+
+    Raises:
+        NetworkError: It does not, and nobody could resume or export what is found with it.
+    """
+    spec = replace(network.spec, input_shape=network.input.shape)
+    if spec.weights is not None or not is_own(spec.name):
+        return
+    first, again = network.module.state_dict(), load_network(spec).module.state_dict()
+    if any(not torch.equal(first[name], again[name]) for name in first):
+        raise NetworkError(
+            f"network {spec.name!r} has other weights each time it is made: name a file of those "
+            "it was trained to (network.weights), or load them where it is made"
+        )
+
+
 def load_network(spec: NetworkSpec, image_shape: tuple[int, int, int] | None = None) -> Network:
     """Makes a network, loads its weights, and settles its input.
 
@@ -239,6 +295,7 @@ def load_network(spec: NetworkSpec, image_shape: tuple[int, int, int] | None = N
             contradictory.
     """
     module, default = build_module(spec)
+    module.eval()
     if image_shape is not None and is_own(spec.name):
         height, width, channels = image_shape
         default = replace(default, shape=(channels, height, width))
@@ -248,14 +305,18 @@ def load_network(spec: NetworkSpec, image_shape: tuple[int, int, int] | None = N
         state, metadata = read_weights(path)
         load_into(module, state, str(path))
         told = _told_by_metadata(metadata, str(path))
+    plain(module)
     _check_parameters(module, spec)
-    input_spec = replace(default, **{**told, **_told_by_spec(spec)})
+    said = {**told, **_told_by_spec(spec)}
+    input_spec = replace(default, **said)
     channels = input_spec.shape[0]
     for key, values in (("mean", input_spec.mean), ("std", input_spec.std)):
         if len(values) != channels:
+            left = "" if key in said else ", as it is left out and then ImageNet's"
             raise NetworkError(
-                f"network.{key} needs one number per input channel ({channels}), got {len(values)}"
+                f"network.{key} needs one number per input channel ({channels}), got "
+                f"{len(values)}{left}"
             )
     if not all(0 < value < math.inf for value in input_spec.std):
         raise NetworkError(f"network.std must be positive, got {input_spec.std}")
-    return Network(spec=spec, module=module.eval(), input=input_spec)
+    return Network(spec=spec, module=module, input=input_spec)

@@ -22,6 +22,10 @@ def import_file(path: Path) -> ModuleType:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
+    # As for a script, what lies beside the file can be imported; other modules come first.
+    beside = str(path.resolve().parent)
+    if beside not in sys.path:
+        sys.path.append(beside)
     spec.loader.exec_module(module)
     return module
 

@@ -4,7 +4,7 @@ import json
 import pickle
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from evosearch.files import write_atomically
 __all__ = ["load_into", "put_state", "read_weights", "save_weights", "weights_path"]
 
 _SHIPPED = "shipped:"
-_PARALLEL = "module."
 
 
 def weights_path(weights: str) -> Path:
@@ -85,10 +84,21 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _without_prefix(
     expected: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Removes the `module.` that data-parallel training puts in front, if that helps."""
-    bare = {key.removeprefix(_PARALLEL): value for key, value in state.items()}
-    known = sum(key in expected for key in state)
-    return bare if sum(key in expected for key in bare) > known else dict(state)
+    """Removes what wrappers put in front of all names, where that helps.
+
+    `module.` is of data-parallel training, `_orig_mod.` of `torch.compile`; a trainer has the
+    network's name in it.
+    """
+
+    def fitting(names: Iterable[str]) -> int:
+        return sum(name in expected for name in names)
+
+    best, bare = dict(state), dict(state)
+    while len({name.partition(".")[0] for name in bare}) == 1 and all("." in n for n in bare):
+        bare = {name.partition(".")[2]: value for name, value in bare.items()}
+        if fitting(bare) > fitting(best):
+            best = bare
+    return best
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

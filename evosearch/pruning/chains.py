@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evosearch.errors import NetworkError
 from evosearch.pruning.layers import Convolution, Norm, Proposal, dimensions, is_depthwise
 
 __all__ = ["chains"]
@@ -35,7 +34,6 @@ class _Run:
     Attributes:
         sources: By layer, in order of execution, or `_OUTPUT`: which layers it read directly.
         repeated: Layers that ran more than once.
-        seen: Whether autograd saw anything: a forward may keep it from that.
     """
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
@@ -50,9 +48,7 @@ class _Run:
             handles.append(layer.register_forward_hook(after))
         try:
             with torch.enable_grad():
-                output: Tensor = module(example)
-                self.seen = output.grad_fn is not None
-                self.sources[_OUTPUT] = self._written_by(output)
+                self.sources[_OUTPUT] = self._written_by(module(example))
         finally:
             for handle in handles:
                 handle.remove()
@@ -89,15 +85,10 @@ class _Flow:
     Args:
         module, example: To run.
         why: The dependency graph gave up.
-
-    Raises:
-        NetworkError: Nothing can be seen.
     """
 
     def __init__(self, module: nn.Module, example: Tensor, why: str) -> None:
         run = _Run(module, example)
-        if not run.seen:
-            raise NetworkError(f"{why}; and its forward keeps no gradients, which tell the rest")
         self.layers = {n: layer for n, layer in _watched(module) if n in run.sources}
         self._why = why
         self._repeated = run.repeated
@@ -163,9 +154,6 @@ def chains(module: nn.Module, example: Tensor, why: str) -> list[Proposal]:
     Returns:
         One for each convolution and linear layer that ran, with an objection where it has no
         such readers.
-
-    Raises:
-        NetworkError: The network's forward keeps no gradients.
     """
     flow = _Flow(module, example, why)
     found = [flow.chain(name) for name in flow.layers if name not in flow.through]

@@ -115,7 +115,15 @@ def _objection(
 
 
 def output_positions(module: nn.Module, example: Tensor) -> Positions:
-    """Output positions of each convolution and linear layer for one image, over all calls."""
+    """Output positions of each convolution and linear layer for one image, over all calls.
+
+    Args:
+        module: In evaluation mode, parameters requiring gradients.
+        example: An input.
+
+    Raises:
+        NetworkError: It fails, returns no logits, other ones each time, or ones without gradients.
+    """
     found: Positions = {}
     handles = []
 
@@ -134,7 +142,7 @@ def output_positions(module: nn.Module, example: Tensor) -> Positions:
         if isinstance(layer, nn.Linear | Convolution):
             handles.append(hook(name, layer))
     try:
-        with torch.inference_mode():
+        with torch.enable_grad():
             output = module(example)
     except Exception as exc:  # a user's network may raise anything
         raise NetworkError(
@@ -147,6 +155,20 @@ def output_positions(module: nn.Module, example: Tensor) -> Positions:
     if not isinstance(output, Tensor) or output.ndim != 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise NetworkError(f"a network must return logits (images, classes), got {shape}")
+    if not output.requires_grad:
+        raise NetworkError(
+            "its outputs have no gradients, by which channels are followed: leave torch.no_grad, "
+            "detach and the like out of forward"
+        )
+    with torch.inference_mode():
+        again = module(example)
+    output = output.detach()
+    near = 1e-3 * float(output.abs().max())
+    if not torch.allclose(again, output, rtol=1e-3, atol=near, equal_nan=True):
+        raise NetworkError(
+            "the network gives other outputs each time for the same images, in evaluation mode, "
+            "too; F.dropout wants training=self.training, or nn.Dropout in its place"
+        )
     return found
 
 

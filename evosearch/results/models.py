@@ -26,6 +26,7 @@ from evosearch.networks import (
     build_module,
     is_own,
     load_into,
+    plain,
     read_weights,
     save_weights,
     write_portable,
@@ -36,6 +37,11 @@ from evosearch.pruning.groups import trace
 from evosearch.recipe import explain
 
 __all__ = ["load_pruned", "read_pruned", "save_pruned"]
+
+# So many inputs, and classes of each, tell whether a network is still the same.
+_EXAMPLES, _SHOWN = 2, 16
+# Of the largest output: other machines and versions of torch compute otherwise by less.
+_TOLERANCE = 0.01
 
 
 class _Pruned(BaseModel):
@@ -51,6 +57,8 @@ class _Pruned(BaseModel):
     std: tuple[float, ...]
     groups: tuple[tuple[str, int], ...]
     keep: tuple[int, ...]
+    outputs: tuple[tuple[float, ...], ...] | None = None
+    """Of `Network.example`; files of before have none."""
 
     def policy(self, groups: Sequence[tuple[str, int]]) -> Policy:
         """For the groups of the network, of which an earlier version may have cut fewer.
@@ -105,7 +113,7 @@ def save_pruned(
     if file.suffix in PORTABLE:
         write_portable(network, file, facts)
     else:
-        save_weights(file, network.module, facts)
+        save_weights(file, network.module, {**facts, "outputs": _outputs(network)})
 
 
 def load_pruned(
@@ -171,7 +179,35 @@ def read_pruned(
             f"{exc}; if {dense.spec.name} is not what the file was cut from, name that with "
             "load_pruned(file, network=...)"
         ) from exc
-    return replace(dense, module=narrowed.eval()), facts
+    small = replace(dense, module=narrowed.eval())
+    _check_outputs(file, pruned, small)
+    return small, facts
+
+
+def _outputs(network: Network) -> list[list[float]] | None:
+    """What a network makes of a fixed input; None if that tells nothing."""
+    example = network.example(_EXAMPLES).to(next(network.module.parameters()).device)
+    with torch.inference_mode():
+        found = network.module(example)[:, :_SHOWN].float().cpu()
+    return found.tolist() if bool(found.isfinite().all()) else None
+
+
+def _check_outputs(file: str | Path, pruned: _Pruned, network: Network) -> None:
+    """Raises if tensors fit, but the code around them has become another."""
+    wanted = pruned.outputs
+    if wanted is None:
+        return
+    try:
+        found = _outputs(network)
+    except Exception as exc:  # a user's forward may raise anything
+        raise NetworkError(f"{file}: the network was loaded, but fails with {exc!r}") from exc
+    expected = np.array(wanted)
+    same = found is not None and np.shape(found) == expected.shape
+    if not same or np.abs(np.array(found) - expected).max() > _TOLERANCE * np.abs(expected).max():
+        raise NetworkError(
+            f"{file}: its tensors fit {network.spec.name}, but what that computes has changed "
+            "since the file was written; name what made it with load_pruned(file, network=...)"
+        )
 
 
 def _dense(
@@ -192,7 +228,7 @@ def _dense(
             f"{file}: {exc}; say what makes it here with load_pruned(file, network=...)"
         ) from exc
     shown = InputSpec(shape=pruned.shape, mean=pruned.mean, std=pruned.std)
-    return Network(spec=spec, module=module.eval(), input=shown)
+    return Network(spec=spec, module=plain(module.eval()), input=shown)
 
 
 def _difference(wanted: Sequence[tuple[str, int]], found: Sequence[tuple[str, int]]) -> str:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from evosearch.data import Images
 from evosearch.errors import NetworkError
-from evosearch.networks import InputSpec, Network, NetworkSpec, build_module, put_state
+from evosearch.networks import InputSpec, Network, NetworkSpec, build_module, plain, put_state
 from evosearch.pruning.blending import Blends, comparable, places_of
 from evosearch.pruning.criteria import Samples, channel_scores, criterion_named
 from evosearch.pruning.cutting import Cutter, CuttingPlan
@@ -97,9 +97,9 @@ class Workload:
 
     def network(self) -> Network:
         """The dense network, made anew from its description and its tensors."""
-        module, _ = build_module(self.spec)
+        module = plain(build_module(self.spec)[0].eval())
         put_state(module, {k: torch.from_numpy(np.array(v)) for k, v in self.state.items()})
-        return Network(spec=self.spec, module=module.eval(), input=self.input)
+        return Network(spec=self.spec, module=module, input=self.input)
 
 
 class single_thread:  # noqa: N801  a context manager is used like a function
@@ -255,15 +255,12 @@ def _check_outputs(dense: NDArray[np.float32], validation: Images) -> None:
     """Checks that the dense network's outputs are numbers, one for each class of the images.
 
     Raises:
-        NetworkError: They are not.
+        NetworkError: They are no numbers.
+        DataError: There are fewer of them.
     """
     if not np.isfinite(dense).all():
         raise NetworkError("the dense network's outputs are not finite; check its weights")
-    if validation.labels.max() >= dense.shape[1]:
-        raise NetworkError(
-            f"the network has {dense.shape[1]} classes, but a validation image has the label "
-            f"{validation.labels.max()}; set network.num_classes"
-        )
+    validation.check_classes(dense.shape[1], "validation")
 
 
 def _check_rounding(

@@ -183,6 +183,22 @@ def test_an_exported_network_is_not_put_into_another_one(start: Start) -> None:
         evosearch.load_pruned("small.safetensors", "resnet21")
 
 
+class Rectified(Tiny):
+    """The same tensors, another network."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.relu())
+
+
+def test_code_that_changed_around_the_same_tensors_is_noticed(start: Start) -> None:
+    front = start().results.front
+    policy = next(row.policy for row in front if row.policy.keep[0] < 8)
+    export_file(Path("run"), Path("small.safetensors"), Choice(policy=policy.digest))
+    with pytest.raises(NetworkError, match=r"fit .*Rectified, but what that computes has changed"):
+        evosearch.load_pruned("small.safetensors", Rectified)
+    assert evosearch.load_pruned("small.safetensors", Tiny)
+
+
 @pytest.mark.parametrize("keep", [[99, 16, 24], [8, 16], [0, 16, 24], ["x"]])
 def test_an_impossible_pruned_network_is_refused(start: Start, keep: list[object]) -> None:
     policy = start().results.front[0].policy.digest

@@ -164,7 +164,7 @@ def test_networks_that_run_without_evosearch(cli: Cli, run: Path) -> None:
     for file, options, message in (
         ("other.onnx", policy, "small.safetensors is one network, which is written as it is"),
         ("other", (), "small.safetensors is a network: FILE must end with .onnx or .pt2"),
-        ("other.csv", (), "small.safetensors is not a run"),
+        ("other.csv", (), "small.safetensors is a network: FILE must end with .onnx or .pt2"),
         ("other.onnx", ("--all",), "--all and --generation write tables, other.onnx is none"),
     ):
         assert message in cli.here("export", "small.safetensors", file, *options, code=2).stderr

@@ -86,16 +86,3 @@ def test_graph_that_follows_channels_too_far_gives_up_and_leaves_no_trace(
         dependencies(module, torch.zeros(2, 3, 6, 6))
     assert not any(layer._forward_hooks for layer in module.modules())
     assert names(trace(own(module, (3, 6, 6)))) == wanted
-
-
-def test_forward_without_gradients_is_told_where_the_graph_gives_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Blind(Chain):
-        @torch.no_grad()
-        def forward(self, x: Tensor) -> Any:
-            return super().forward(x)
-
-    monkeypatch.setattr("evosearch.pruning.proposals.dependencies", gives_up)
-    with pytest.raises(NetworkError, match="wants it; and its forward keeps no gradients"):
-        trace(own(Blind()))

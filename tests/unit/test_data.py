@@ -389,7 +389,7 @@ def test_npz_labels_may_be_small_integers(tmp_path: Path) -> None:
         (images() | {"labels": np.ones(20)}, "labels must be integers, got float64"),
         (images() | {"labels": np.arange(20) - 1}, "labels must be >= 0, found -1"),
         (images() | {"labels": np.arange(19)}, r"labels must be int64 of shape \(20,\)"),
-        (images() | {"labels": np.ones((20, 1), int)}, r"got int64 of shape \(20, 1\)"),
+        (images() | {"labels": np.ones((20, 2), int)}, r"got int64 of shape \(20, 2\)"),
         (images() | {"images": np.ones((20, 4, 4, 3))}, "images must be uint8 .* got float64"),
         (images() | {"images": np.ones(20, np.uint8)}, r"got uint8 of shape \(20,\)"),
         (images() | {"labels": np.array([{}] * 20)}, "is not a readable .npz file: Object arrays"),
