@@ -15,7 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evosearch.pruning.layers import Convolution, Norm, Proposal, dimensions, is_depthwise
+from evosearch.pruning.layers import (
+    Convolution,
+    Proposal,
+    dimensions,
+    is_channelwise,
+    is_depthwise,
+)
 
 __all__ = ["chains"]
 
@@ -24,7 +30,7 @@ _OUTPUT = ""
 
 def _watched(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear | Norm | Convolution):
+        if isinstance(layer, nn.Linear | Convolution) or is_channelwise(layer):
             yield name, layer
 
 
@@ -95,7 +101,7 @@ class _Flow:
         self.through = {
             name
             for name, layer in self.layers.items()
-            if isinstance(layer, Norm) or is_depthwise(layer)
+            if is_channelwise(layer) or is_depthwise(layer)
         }
         # In order of execution, so that what wrote to a source is known; no layer is behind itself.
         self._behind: dict[str, set[str]] = {}
@@ -158,5 +164,5 @@ def chains(module: nn.Module, example: Tensor, why: str) -> list[Proposal]:
     flow = _Flow(module, example, why)
     found = [flow.chain(name) for name in flow.layers if name not in flow.through]
     covered = {name for proposal in found for name in proposal.outs}
-    deep = [n for n in flow.through - covered if not isinstance(flow.layers[n], Norm)]
+    deep = [n for n in flow.through - covered if is_depthwise(flow.layers[n])]
     return found + [flow.stray(name) for name in sorted(deep)]

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evosearch.pruning.layers import Channelwise
 from evosearch.pruning.table import GroupTable
 
 __all__ = ["Cutter", "CuttingPlan", "LayerCut", "kept_indices", "on_device"]
@@ -83,7 +84,8 @@ class Cutter:
         # How many outputs a group of a convolution has shows in the dense network alone: with one
         # group left it looks like any other convolution.
         self._resized = [
-            (self._layers[entry.name], _outputs_per_group(dense[entry.name])) for entry in plan.cuts
+            (self._layers[entry.name], _outputs_per_group(dense[entry.name]), entry.out_axis)
+            for entry in plan.cuts
         ]
 
     @staticmethod
@@ -111,7 +113,12 @@ class Cutter:
         Args:
             keep: `(n_channels + 1,)` boolean by flat channel number, the last entry True.
         """
+        axes = self.plan.table.axes
         indices = kept_indices(self.plan.table, keep, self._device)
+        widths = [
+            axis.size if kept is None else len(kept)
+            for axis, kept in zip(axes, indices, strict=True)
+        ]
         with torch.no_grad():
             for entry in self._tensors:
                 tensor = entry.dense
@@ -122,8 +129,8 @@ class Cutter:
                 if into is not None:
                     tensor = tensor.index_select(1, into)
                 entry.ours.data = tensor.clone() if tensor is entry.dense else tensor
-            for layer, per_group in self._resized:
-                _resize(layer, per_group)
+            for layer, per_group, axis in self._resized:
+                _resize(layer, per_group, 0 if axis is None else widths[axis])
         return self.network
 
 
@@ -155,8 +162,14 @@ def _outputs_per_group(layer: nn.Module) -> int | None:
     return None
 
 
-def _resize(layer: nn.Module, per_group: int | None) -> None:
-    """Makes the attributes that state a layer's widths agree with its tensors."""
+def _resize(layer: nn.Module, per_group: int | None, width: int) -> None:
+    """Makes the attributes that state a layer's widths agree with its tensors.
+
+    Args:
+        layer: Cut.
+        per_group: Outputs of a group of a grouped convolution.
+        width: Channels of what has none to count, as norms without scales.
+    """
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
     elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -164,7 +177,7 @@ def _resize(layer: nn.Module, per_group: int | None) -> None:
         if per_group is not None:
             layer.groups = layer.out_channels // per_group
         layer.in_channels = layer.weight.shape[1] * layer.groups
-    elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-        held = layer.weight if layer.affine else layer.running_mean
-        if held is not None:
-            layer.num_features = len(held)
+    elif isinstance(layer, nn.PReLU):
+        layer.num_parameters = width
+    elif isinstance(layer, Channelwise):
+        layer.num_features = width

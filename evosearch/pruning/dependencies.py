@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from evosearch.errors import NetworkError
-from evosearch.pruning.layers import Convolution, Norm, Proposal, dimensions, is_depthwise
+from evosearch.pruning.layers import (
+    Channelwise,
+    Convolution,
+    Proposal,
+    dimensions,
+    is_channelwise,
+    is_depthwise,
+)
 
 __all__ = ["dependencies"]
 
@@ -94,10 +101,10 @@ def _candidate(graph: object, group: object, names: dict[nn.Module, str]) -> Pro
         if why := _unsupported(target):
             found.reason = found.reason or f"{name}: {why}"
             continue
-        if not isinstance(target, nn.Linear | Norm | Convolution):
+        if not isinstance(target, nn.Linear | Convolution) and not is_channelwise(target):
             continue
         is_in = graph.is_in_channel_pruning_fn(item.dep.handler)  # type: ignore[attr-defined]
-        passes_through = isinstance(target, Norm) or is_depthwise(target)
+        passes_through = is_channelwise(target) or is_depthwise(target)
         side = found.ins if is_in and not passes_through else found.outs
         width = dimensions(target)[1 if side is found.ins else 0]
         sources = side.setdefault(name, np.full(width, -1, dtype=np.int64))
@@ -107,8 +114,6 @@ def _candidate(graph: object, group: object, names: dict[nn.Module, str]) -> Pro
 
 def _unsupported(module: nn.Module) -> str | None:
     """Why a layer cannot be narrowed, or None if it can."""
-    if isinstance(module, nn.Linear | Convolution | Norm):
-        return None
-    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+    if isinstance(module, nn.Linear | Convolution | Channelwise):
         return None
     return f"{type(module).__name__} cannot be narrowed"

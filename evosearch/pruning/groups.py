@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from evosearch.errors import NetworkError
 from evosearch.networks import Network
 from evosearch.pruning.cutting import CuttingPlan, LayerCut
-from evosearch.pruning.layers import Convolution, Norm, Proposal, dimensions
+from evosearch.pruning.layers import Convolution, Proposal, dimensions, is_channelwise
 from evosearch.pruning.proposals import Positions, output_positions, propose
 from evosearch.pruning.table import Axis, FixedGroup, Group, GroupTable, LayerCost
 
@@ -66,7 +66,7 @@ class _Builder:
             name=candidate.name,
             channels=candidate.channels,
             resolution=self.positions[candidate.name][1],
-            producers=tuple(n for n in candidate.outs if not isinstance(self.layers[n], Norm)),
+            producers=tuple(n for n in candidate.outs if not is_channelwise(self.layers[n])),
             consumers=tuple(candidate.ins),
             granularity=candidate.granularity,
         )
@@ -74,10 +74,10 @@ class _Builder:
     def _layer(self, name: str, out_axis: int, in_axis: int) -> LayerCost:
         layer = self.layers[name]
         count = self.positions.get(name, (0, (1, 1)))[0]
-        if isinstance(layer, Norm):
-            affine = 2 if layer.affine else 0
+        if is_channelwise(layer):
+            own = sum(1 for _ in layer.parameters(recurse=False))
             return LayerCost(
-                name=name, in_axis=None, out_axis=out_axis, macs=0, weights=0, per_output=affine
+                name=name, in_axis=None, out_axis=out_axis, macs=0, weights=0, per_output=own
             )
         assert isinstance(layer, nn.Linear | Convolution)  # noqa: S101  filtered by build
         kernel = int(layer.weight[0, 0].numel())
@@ -109,7 +109,7 @@ class _Builder:
         costs, cuts = [], []
         counted: dict[int, int] = {}
         for name, layer in self.layers.items():
-            if not isinstance(layer, nn.Linear | Norm | Convolution):
+            if not isinstance(layer, nn.Linear | Convolution) and not is_channelwise(layer):
                 continue
             out_size, in_size = dimensions(layer)
             out_axis = self._axis(outs.get(name, np.full(out_size, -1, dtype=np.int64)))
@@ -118,7 +118,7 @@ class _Builder:
             # Parameters of an earlier layer are counted there; MACs are a layer's own.
             if id(layer.weight) in counted:
                 cost = replace(cost, weights=0)
-            if id(layer.bias) in counted:
+            if id(getattr(layer, "bias", None)) in counted:
                 cost = replace(cost, per_output=0)
             costs.append(cost)
             for parameter in layer.parameters(recurse=False):

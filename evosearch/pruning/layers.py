@@ -6,10 +6,21 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-__all__ = ["Convolution", "Norm", "Proposal", "dimensions", "is_depthwise"]
+__all__ = [
+    "Channelwise",
+    "Convolution",
+    "Norm",
+    "Proposal",
+    "dimensions",
+    "is_channelwise",
+    "is_depthwise",
+]
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+"""With statistics of a whole data set, which can be recalibrated, and folded away."""
+Channelwise = Norm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d | nn.PReLU
+"""What treats each channel by itself, and passes it on at the same place."""
 
 
 @dataclass
@@ -22,6 +33,13 @@ class Proposal:
     outs: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     ins: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     reason: str | None = None
+
+
+def is_channelwise(module: nn.Module) -> bool:
+    """Whether a layer treats each channel by itself; a PReLU of one slope has no channels."""
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters > 1
+    return isinstance(module, Channelwise)
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -39,5 +57,8 @@ def dimensions(module: nn.Module) -> tuple[int, int]:
         return module.out_features, module.in_features
     if isinstance(module, Convolution):
         return module.out_channels, module.in_channels
-    assert isinstance(module, Norm)  # noqa: S101  callers pass supported layers only
-    return module.num_features, module.num_features
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters, module.num_parameters
+    assert isinstance(module, Channelwise)  # noqa: S101  callers pass supported layers only
+    width: int = module.num_features  # type: ignore[assignment]
+    return width, width

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from evosearch.errors import NetworkError
 from evosearch.pruning.chains import chains
 from evosearch.pruning.dependencies import dependencies
-from evosearch.pruning.layers import Convolution, Norm, Proposal, dimensions, is_depthwise
+from evosearch.pruning.layers import (
+    Convolution,
+    Proposal,
+    dimensions,
+    is_channelwise,
+    is_depthwise,
+)
 
 __all__ = ["Positions", "output_positions", "propose"]
 
@@ -101,7 +107,7 @@ def _objection(
         if name in shared:
             return f"{name} shares its weights with {shared[name]}"
     for name, sources in candidate.outs.items():
-        if not isinstance(layers[name], Norm) and (sources < 0).any():
+        if not is_channelwise(layers[name]) and (sources < 0).any():
             covered = int((sources >= 0).sum())
             return f"it covers {covered} of the {len(sources)} output channels of {name}"
     for side in (candidate.outs, candidate.ins):

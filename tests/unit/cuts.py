@@ -29,9 +29,30 @@ SPECS: dict[str, NetworkSpec] = {name: NetworkSpec(name=name) for name in BUILT_
     "densenet121": NetworkSpec(name="densenet121", **SMALL),
     "regnet_y_400mf": NetworkSpec(name="regnet_y_400mf", **SMALL),
     "shufflenet_v2_x0_5": NetworkSpec(name="shufflenet_v2_x0_5", **SMALL),
+    "own-norms": NetworkSpec(name=f"{__name__}:OwnNorms", input_shape=(3, 32, 32)),
     "thin-vgg": NetworkSpec(name=f"{__name__}:thin_vgg", input_shape=(3, 32, 32)),
 }
 FIXED_STREAM = "it covers 16 of the 32 output channels of layer2.0.conv2"
+
+
+class OwnNorms(nn.Module):
+    """Slopes for each channel, norms of instances with and without scales, a residual sum."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3), nn.SyncBatchNorm(16), nn.PReLU(16))
+        self.inner = nn.Sequential(
+            *(nn.Conv2d(16, 12, 3, padding=1), nn.InstanceNorm2d(12, affine=True), nn.PReLU(12)),
+            *(nn.Conv2d(12, 16, 3, padding=1), nn.InstanceNorm2d(16), nn.PReLU()),
+        )
+        self.slope, self.fc = nn.PReLU(16), nn.Linear(16, num_classes)
+        for part in self.modules():
+            if isinstance(part, nn.PReLU):
+                nn.init.uniform_(part.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.fc(self.slope(x + self.inner(x)).mean((2, 3)))
 
 
 def thin_vgg(num_classes: int = 10) -> nn.Module:

@@ -236,3 +236,25 @@ def test_labels_that_count_from_one_are_noticed(tmp_path: Path) -> None:
     file = images_file(tmp_path, (200, 16, 16, 3), np.arange(200) % 10 + 1)
     with pytest.raises(DataError, match=r"10 classes, but .* label 10; labels count from 0"):
         assembled(file, validation=20)
+
+
+@pytest.mark.parametrize("proxy", ["compensated", "patchwise", "reconstructed"])
+def test_slopes_and_norms_of_all_kinds_are_scored(proxy: str) -> None:
+    recipe = {
+        "network": {"name": "tests.unit.cuts:OwnNorms"},
+        "data": {"calibration": 64, "validation": 64},
+        "proxy": {"name": proxy, "criterion": "residual-energy", "precision": "float32"},
+        "run": {"workers": 0},
+    }
+    made = assemble(check_recipe(recipe, "a test"))
+    assert [group.channels for group in made.workload.plan.table.groups] == [16, 12]
+    scorer = Scorer(made.workload)
+    policy = made.space.decode(np.full((1, made.space.n_genes), 0.5))[0]
+    measured = scorer.score(policy)
+    assert measured.ok, measured.reason
+    images = made.workload.network().normalise(made.workload.validation.pixels)
+    with torch.inference_mode():
+        found = scorer.network_of(policy)(images).argmax(1).numpy()
+    assert measured.metrics["error"] == pytest.approx(
+        float((found != made.workload.validation.labels).mean()), abs=1 / 64
+    )

@@ -182,13 +182,10 @@ def test_group_norm_fixes_its_channels() -> None:
     assert reasons(traced_own(Chain(norm, norm=norm)))["a"] == "norm: GroupNorm cannot be narrowed"
 
 
-def test_per_channel_prelu_fixes_its_channels() -> None:
-    act = nn.PReLU(8)
-    assert reasons(traced_own(Chain(act, act=act)))["a"] == "act: PReLU cannot be narrowed"
-
-
-def test_prelu_with_one_slope_is_cut_along() -> None:
-    act = nn.PReLU()
+@pytest.mark.parametrize(
+    "act", [nn.PReLU(), nn.PReLU(8), nn.InstanceNorm2d(8), nn.InstanceNorm2d(8, affine=True)]
+)
+def test_slopes_and_norms_of_instances_are_cut_along(act: nn.Module) -> None:
     assert names(traced_own(Chain(act, act=act))) == ["a", "b"]
 
 
