@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,14 @@ from numpy.typing import NDArray
 from evosearch.algorithms import settled_algorithm, settled_population
 from evosearch.data import Images
 from evosearch.doubts import doubts_about
-from evosearch.errors import BudgetUnreachable, ConfigError, EvosearchError
+from evosearch.errors import (
+    BudgetUnreachable,
+    ConfigError,
+    DataError,
+    EvosearchError,
+    NetworkError,
+)
+from evosearch.facts import RunFacts, check_same
 from evosearch.latency import BLOCK, LatencyModel, minds_odd_widths
 from evosearch.materials import ImageSets, network_and_images
 from evosearch.networks import Network
@@ -48,6 +56,7 @@ _PROBES = 32
 __all__ = [
     "Assembled",
     "assemble",
+    "assemble_again",
     "pool_settings",
     "reachable_costs",
     "rounding",
@@ -217,6 +226,29 @@ def assemble(
         check=image_sets.check,
         criteria=facts,
     )
+
+
+def assemble_again(recorded: RunFacts, recipe: Recipe, run: Path) -> Assembled:
+    """The objects of a run, which are those that it was launched with.
+
+    Args:
+        recorded: Its facts.
+        recipe: Theirs; where to score may be another matter.
+        run: Its directory, for messages.
+
+    Raises:
+        ConfigMismatch: Network or images are not the ones that were measured.
+        EvosearchError: Something does not fit together any more.
+    """
+    try:
+        assembled = assemble(recipe, recorded.criteria_names, recorded.latency)
+    except (DataError, NetworkError) as exc:
+        if "does not exist" not in str(exc):
+            raise
+        told = f"{exc}; if it was moved, say where to in {run / 'recipe.toml'}"
+        raise type(exc)(told) from exc
+    check_same(recorded, assembled.facts(), run)
+    return assembled
 
 
 def _knowing(plan: CuttingPlan, latency: LatencyModel | None) -> CuttingPlan:

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from evosearch.errors import ConfigMismatch, LedgerCorrupt
+from evosearch.errors import ConfigError, ConfigMismatch, LedgerCorrupt
 from evosearch.latency import LatencyModel
 from evosearch.ledger import Ledger
 from evosearch.measurement import METRICS
-from evosearch.recipe import Recipe, explain
+from evosearch.recipe import Recipe, explain, load_recipe
 
 __all__ = ["RunFacts", "check_same", "read_facts"]
 
@@ -90,6 +90,8 @@ class RunFacts(BaseModel):
 def read_facts(ledger: Ledger) -> RunFacts:
     """Reads the facts of a run, also while it is being searched.
 
+    Where a file of the recipe is gone, the run's recipe.toml may say where it is now.
+
     Raises:
         LedgerCorrupt: One is missing or cannot be; names the file and the fact.
     """
@@ -100,12 +102,45 @@ def read_facts(ledger: Ledger) -> RunFacts:
         except KeyError:
             continue  # what is missing and needed is named below
     try:
-        return RunFacts.model_validate_json(json.dumps(found))
+        facts = RunFacts.model_validate_json(json.dumps(found))
+        return facts.model_copy(update={"recipe": _moved(facts.recipe, ledger.path.parent)})
     except ValidationError as exc:
         raise LedgerCorrupt(
             f"{ledger.path} is damaged or from another version of evosearch "
             f"({explain(exc, RunFacts)}); restore it from a copy, or launch anew with another --out"
         ) from exc
+
+
+def _moved(recipe: Recipe, run: Path) -> Recipe:
+    """The recipe with files where the run's recipe.toml says that they were moved to.
+
+    That they are the same files is checked by what is in them.
+    """
+    try:
+        written = load_recipe(str(run / "recipe.toml")).model_dump(mode="json")
+    except ConfigError:  # of which resuming tells
+        return recipe
+    before = recipe.model_dump(mode="json")
+    after = _followed(before, written)
+    return recipe if after == before else Recipe.model_validate(after)
+
+
+def _followed(then: Any, now: Any) -> Any:
+    """Plain data with paths that are gone replaced by those of the same name that are there."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return {key: _followed(value, now.get(key)) for key, value in then.items()}
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        return [_followed(*pair) for pair in zip(then, now, strict=True)]
+    if not isinstance(then, str) or not isinstance(now, str) or Path(then).name != Path(now).name:
+        return then
+    return now if _there(now) and not _there(then) else then
+
+
+def _there(path: str) -> bool:
+    """Whether a file, perhaps with a name in it, or a folder is there."""
+    file, python, _ = path.rpartition(".py:")
+    place = Path(f"{file}.py" if python else path)
+    return place.is_absolute() and place.exists()
 
 
 def check_same(recorded: RunFacts, now: Mapping[str, Any], run: Path) -> None:

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from evosearch.algorithms import RANKING, SURROGATE
-from evosearch.assembly import Assembled, assemble, pool_settings
+from evosearch.assembly import Assembled, assemble, assemble_again, pool_settings
 from evosearch.checking import check_front, time_front
 from evosearch.errors import (
     BudgetUnreachable,
@@ -23,7 +23,7 @@ from evosearch.errors import (
     NetworkError,
     RunExists,
 )
-from evosearch.facts import RunFacts, check_same, read_facts
+from evosearch.facts import RunFacts, read_facts
 from evosearch.files import write_atomically
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement
@@ -208,8 +208,7 @@ def resume(
                 "leave it out or name more"
             )
         observer.phase(f"preparing {recipe.network.name}")
-        assembled = assemble(recipe, recorded.criteria_names, recorded.latency)
-        check_same(recorded, assembled.facts(), directory)
+        assembled = assemble_again(recorded, recipe, directory)
         _announce(assembled, observer)
         ledger.set_meta("evaluations", evaluations or before)
         ledger.set_meta("state", "running")

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evosearch.assembly import Assembled, assemble
+from evosearch.assembly import Assembled, assemble, assemble_again
 from evosearch.errors import BackendError, ConfigError, DataError, NetworkError
-from evosearch.facts import check_same, read_facts
+from evosearch.facts import read_facts
 from evosearch.files import make_parent
 from evosearch.ledger import Ledger
 from evosearch.measurement import METRICS, Status
@@ -122,8 +122,7 @@ class NetworkWriter:
         recorded = read_facts(ledger)
         # Where it was searched does not matter any more.
         recipe = recorded.recipe.model_copy(update={"run": RunRecipe(workers=0)})
-        assembled = assemble(recipe, recorded.criteria_names, recorded.latency)
-        check_same(recorded, assembled.facts(), run)
+        assembled = assemble_again(recorded, recipe, run)
         self._groups = recorded.groups
         self._preparation = preparation
         workload = _workload(assembled, preparation)

@@ -164,6 +164,29 @@ def test_an_exported_network_loads_where_its_code_has_another_place(start: Start
         assert torch.equal(moved(example), small(example))
 
 
+def test_a_run_goes_on_where_its_files_were_moved_to(start: Start) -> None:
+    policy = start().results.front[0].policy.digest
+    Path("elsewhere").mkdir()
+    for name in ("net.py", "net.safetensors"):
+        Path(name).rename(f"elsewhere/{name}")
+    with pytest.raises(NetworkError, match=r"exist; if it was moved, say where to in run/recipe"):
+        resume(Path("run"), Watch(), evaluations=8)
+    recipe = Path("run/recipe.toml")
+    recipe.write_text(recipe.read_text().replace("/net.", "/elsewhere/net."))
+    assert len(resume(Path("run"), Watch(), evaluations=8).results.rows) == 8
+    export_file(Path("run"), Path("small.safetensors"), Choice(policy=policy))
+    assert evosearch.load_pruned("small.safetensors")
+    # Where they lie is all that can be said anew, and only of the same ones.
+    other = Tiny()
+    torch.nn.init.ones_(other.classifier.weight)
+    save_weights(Path("elsewhere/net.safetensors"), other, {})
+    with pytest.raises(ConfigMismatch, match="the network's weights changed since run"):
+        resume(Path("run"), Watch(), evaluations=9)
+    recipe.write_text(recipe.read_text().replace("population = 4", "population = 6"))
+    with pytest.raises(ConfigMismatch, match=r"search.population = 6, but this run"):
+        resume(Path("run"), Watch(), evaluations=9)
+
+
 class Wider(Tiny):
     """Another network, in which the file's channel counts would fit, too."""
 
