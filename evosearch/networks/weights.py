@@ -66,7 +66,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if isinstance(exc, pickle.UnpicklingError) and "GLOBAL" in str(exc):
             raise NetworkError(
                 f"{path} holds more than tensors, and loading it would run its code; "
-                "save network.state_dict() instead of the network"
+                "save network.state_dict() alone, not the network, and nothing beside it"
             ) from exc
         # What torch says is about its own options, and would have the user turn off a safeguard.
         raise NetworkError(
