@@ -135,7 +135,8 @@ def launch(
     timing = ", timing networks of many widths" if wants_latency(recipe, goals_of(recipe)) else ""
     observer.phase(f"preparing {recipe.network.name}{timing}")
     assembled = assemble(recipe, settles_widths=True)
-    check_repeatable(assembled.workload.network())
+    if recipe.network.weights is None:
+        check_repeatable(assembled.workload.network())
     _announce(assembled, observer)
     begins = _beginning(assembled, seed_from, recipe.search.rankings is None, observer)
     try:

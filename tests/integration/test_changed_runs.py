@@ -164,6 +164,18 @@ def test_an_exported_network_loads_where_its_code_has_another_place(start: Start
         assert torch.equal(moved(example), small(example))
 
 
+def test_weights_are_named_or_made_again(start: Start) -> None:
+    code = Path("net.py").read_text()
+    Path("net.py").write_text(code.replace("torch.manual_seed(0)", "torch.seed()"))
+    assert start().results.rows
+    assert resume(Path("run"), Watch(), evaluations=5).results.rows
+    recipe = Path("tiny.toml").read_text()
+    Path("tiny.toml").write_text(recipe.replace('weights = "net.safetensors"', ""))
+    with pytest.raises(NetworkError, match=r"other weights each time it is made: name a file"):
+        start(run="again")
+    assert not Path("again").exists()
+
+
 def test_a_run_goes_on_where_its_files_were_moved_to(start: Start) -> None:
     policy = start().results.front[0].policy.digest
     Path("elsewhere").mkdir()
