@@ -19,18 +19,17 @@ from typing import Any
 import fastnas
 import global_pruning
 import numpy as np
-from common import images
+from common import complete_search, images
 from rivals import Rival
 
 from evosearch.assembly import Assembled, assemble
 from evosearch.data import Images
 from evosearch.ledger import Ledger
 from evosearch.materials import as_trained
-from evosearch.measurement import Measurement, Status
+from evosearch.measurement import Status
 from evosearch.policy import Policy
 from evosearch.recipe import load_recipe
 from evosearch.results.front import read_results
-from evosearch.run import launch
 from evosearch.scoring.workload import Workload, prepare_workload
 
 Key = tuple[str, float, int]
@@ -249,16 +248,6 @@ def setting(data: Path, network: str, workers: int) -> Iterator[Setting]:
         yield Setting(recipe=recipe, common=common, train=train, test=test)
 
 
-class Silent:
-    """Watches and says nothing."""
-
-    def phase(self, text: str) -> None:
-        """A new phase has begun."""
-
-    def landed(self, track: str, measurement: Measurement, count: int, budget: int) -> None:
-        """A measurement landed."""
-
-
 def uniform(assembled: Assembled, share: float) -> Policy:
     """The ladder's policy with the most MACs within a budget."""
     space, table = assembled.space, assembled.workload.plan.table
@@ -273,7 +262,7 @@ def searched(where: Setting, changes: Mapping[str, Any], folder: Path, share: fl
     loaded = load_recipe(str(where.recipe), (), changes)
     if folder not in where.seconds:
         start = time.perf_counter()
-        launch(loaded, folder, Silent())
+        complete_search(loaded, folder)
         where.seconds[folder] = time.perf_counter() - start
     objective = loaded.search.objectives[0]
     with Ledger.open(folder) as ledger:

@@ -18,8 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from evosearch.data import Images
+from evosearch.measurement import Measurement
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.policy import Policy
+from evosearch.recipe import Recipe
+from evosearch.results.front import Results
+from evosearch.run import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,6 +44,24 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     )
     made.add_argument("--json", type=Path, help="where the JSON goes [benchmarks/results]")
     return made
+
+
+class _Silent:
+    """Watches and says nothing."""
+
+    def phase(self, text: str) -> None:
+        """A new phase has begun."""
+
+    def landed(self, track: str, measurement: Measurement, count: int, budget: int) -> None:
+        """A measurement landed."""
+
+
+def complete_search(recipe: Recipe, folder: Path) -> Results:
+    """What a search in a new folder found, all of its budget spent: a part is no evidence."""
+    done = launch(recipe, folder, _Silent())
+    if done.interrupted:
+        raise SystemExit(f"stopped while searching: {done.outcome.reason}")
+    return done.results
 
 
 def images(folder: Path, name: str) -> Images:

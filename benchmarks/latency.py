@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from at_budget import RECONSTRUCTED, SURROGATE, Silent, mean_and_range, setting
-from common import parser, show, write
+from at_budget import RECONSTRUCTED, SURROGATE, mean_and_range, setting
+from common import complete_search, parser, show, write
 from scipy.stats import kendalltau
 
 from evosearch.latency import fit_latency
@@ -40,7 +40,6 @@ from evosearch.pareto import hypervolume
 from evosearch.policy import Policy
 from evosearch.pruning.groups import trace
 from evosearch.recipe import LatencyRecipe, load_recipe
-from evosearch.run import launch
 from evosearch.scoring.timing import draw_widths, even_and_odd, seconds_of
 
 FITTED = 64
@@ -149,7 +148,7 @@ def searched(
                 "search.baseline": UNIFORM,
             },
         )
-        results = launch(recipe, folder / f"{seed}-{len(fronts)}", Silent()).results
+        results = complete_search(recipe, folder / f"{seed}-{len(fronts)}")
         print(f"seed {seed}, distortion and {cost}: searched", flush=True)
         fronts[f"distortion and {cost}"] = {
             row.policy: row.values["distortion"] for row in results.front

@@ -20,18 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import parser, show, write
+from common import complete_search, parser, show, write
 from numpy.typing import NDArray
 
 from evosearch.assembly import assemble
 from evosearch.data import open_source
-from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement
 from evosearch.pareto import hypervolume
 from evosearch.policy import Policy
 from evosearch.recipe import Recipe, load_recipe
-from evosearch.results.front import Results, read_results
-from evosearch.run import launch
+from evosearch.results.front import Results
 from evosearch.scoring.objectives import reference_point
 from evosearch.scoring.pool import PoolSettings, make_pool
 from evosearch.scoring.workload import prepare_workload
@@ -56,16 +54,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "ranking": {"search.algorithm": "ranking"},
     "uniform": {"search.algorithm": "uniform"},
 }
-
-
-class Silent:
-    """Watches and says nothing."""
-
-    def phase(self, text: str) -> None:
-        """A new phase has begun."""
-
-    def landed(self, track: str, measurement: Measurement, count: int, budget: int) -> None:
-        """A measurement landed."""
 
 
 def on_test(recipe: Recipe, results: list[Results], workers: int) -> dict[Policy, float]:
@@ -123,10 +111,8 @@ def main() -> None:
                 }
                 start = time.perf_counter()
                 run = Path(folder) / f"{name}-{seed}"
-                launch(load_recipe("quickstart", (), overrides), run, Silent())
+                results = complete_search(load_recipe("quickstart", (), overrides), run)
                 seconds = time.perf_counter() - start
-                with Ledger.open(run) as ledger:
-                    results = read_results(ledger)
                 found.setdefault(name, []).append((results, seconds))
                 print(f"{name}, seed {seed}: {len(results.front)} on the front, {seconds:.0f} s")
     errors = on_test(recipe, [r for runs in found.values() for r, _ in runs], options.workers)

@@ -20,30 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import images, parser, show, write
+from common import complete_search, images, parser, show, write
 
 from evosearch.assembly import assemble
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement, Status, Terms
 from evosearch.recipe import Recipe, load_recipe
 from evosearch.results.front import Results, read_results
-from evosearch.run import launch
 from evosearch.scoring.scorer import Scorer
-
-
-class Silent:
-    """Watches and says nothing."""
-
-    def phase(self, text: str) -> None:
-        """See Observer."""
-
-    def landed(self, track: str, measurement: Measurement, count: int, budget: int) -> None:
-        """See Observer."""
 
 
 def run(recipe: Recipe, folder: Path) -> tuple[Results, list[Measurement]]:
     """Searches, and returns what was found and all measurements in the order of asking."""
-    launch(recipe, folder, Silent())
+    complete_search(recipe, folder)
     with Ledger.open(folder) as ledger:
         entries = ledger.entries(
             "search", terms=Terms.RACED if recipe.search.racing else Terms.FULL
