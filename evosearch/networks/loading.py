@@ -130,7 +130,8 @@ def _call(name: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) 
             f"network {name!r}: {lazy[0]} has seen no input yet, and so has no width; have "
             "what makes the network run it once"
         )
-    return module.float()
+    numbers = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
+    return module if all(t.dtype == torch.float32 for t in numbers) else module.float()
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from evosearch.data import Images
-from evosearch.errors import ConfigError, NetworkError
+from evosearch.errors import ConfigError, DataError, NetworkError
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.groups import trace
@@ -90,7 +90,7 @@ def test_unknown_name_lists_the_known_ones(
 def test_labels_beyond_the_classes_are_refused(images: tuple[Images, Images]) -> None:
     network = load_network(NetworkSpec(name="resnet20", num_classes=5))
     proxy = ProxySettings(name="raw", criterion="l1")
-    with pytest.raises(NetworkError, match=r"has 5 classes, .* label 9; set network.num_classes"):
+    with pytest.raises(DataError, match=r"has 5 classes, .* label 9; set network.num_classes"):
         prepare_workload(network, trace(network), proxy, *images)
 
 
