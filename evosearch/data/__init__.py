@@ -3,7 +3,14 @@
 numpy arrays only; turning them into normalised tensors is the network's business.
 """
 
-from evosearch.data.arrays import ImagePool, Images, Subpool, balanced_subset, held_out_mask
+from evosearch.data.arrays import (
+    ImagePool,
+    Images,
+    Subpool,
+    balanced_subset,
+    check_classes,
+    held_out_mask,
+)
 from evosearch.data.augment import augment
 from evosearch.data.sources import DATASETS, DataSource, SourceOptions, open_source
 
@@ -16,6 +23,7 @@ __all__ = [
     "Subpool",
     "augment",
     "balanced_subset",
+    "check_classes",
     "held_out_mask",
     "open_source",
 ]

@@ -9,7 +9,14 @@ from numpy.typing import NDArray
 
 from evosearch.errors import DataError
 
-__all__ = ["ImagePool", "Images", "Subpool", "balanced_subset", "held_out_mask"]
+__all__ = [
+    "ImagePool",
+    "Images",
+    "Subpool",
+    "balanced_subset",
+    "check_classes",
+    "held_out_mask",
+]
 
 ImageArray = NDArray[np.uint8]
 LabelArray = NDArray[np.int64]
@@ -55,26 +62,6 @@ class Images:
             )
         if len(self.labels) and self.labels.min() < 0:
             raise DataError(f"labels must be >= 0, found {int(self.labels.min())}")
-
-    def check_classes(self, classes: int, part: str) -> None:
-        """Checks that a network has a class for each label.
-
-        Args:
-            classes: The network's.
-            part: What the images are for, in a message.
-
-        Raises:
-            DataError: It has not.
-        """
-        most = int(self.labels.max(initial=0))
-        if most < classes:
-            return
-        hint = "set network.num_classes, or name the network of these labels"
-        if most == classes and self.labels.min() > 0:
-            hint = "labels count from 0, and these seem to count from 1: subtract it"
-        raise DataError(
-            f"the network has {classes} classes, but a {part} image has the label {most}; {hint}"
-        )
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -172,3 +159,25 @@ def held_out_mask(
     else:
         mask[balanced_subset(labels, size, seed)] = True
     return mask
+
+
+def check_classes(labels: LabelArray, classes: int, part: str) -> None:
+    """Checks that a network has a class for each label.
+
+    Args:
+        labels: `(n,)`.
+        classes: The network's.
+        part: What the images are for, in a message.
+
+    Raises:
+        DataError: It has not.
+    """
+    most = int(labels.max(initial=0))
+    if most < classes:
+        return
+    hint = "set network.num_classes, or name the network of these labels"
+    if most == classes and labels.min() > 0:
+        hint = "labels count from 0, and these seem to count from 1: subtract it"
+    raise DataError(
+        f"the network has {classes} classes, but a {part} image has the label {most}; {hint}"
+    )

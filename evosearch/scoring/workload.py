@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evosearch.data import Images
+from evosearch.data import Images, check_classes
 from evosearch.errors import NetworkError
 from evosearch.networks import InputSpec, Network, NetworkSpec, build_module, plain, put_state
 from evosearch.pruning.blending import Blends, comparable, places_of
@@ -260,7 +260,7 @@ def _check_outputs(dense: NDArray[np.float32], validation: Images) -> None:
     """
     if not np.isfinite(dense).all():
         raise NetworkError("the dense network's outputs are not finite; check its weights")
-    validation.check_classes(dense.shape[1], "validation")
+    check_classes(validation.labels, dense.shape[1], "validation")
 
 
 def _check_rounding(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evosearch.errors import ConfigError, NetworkError
+from evosearch.errors import ConfigError, DataError, NetworkError
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.pruning.criteria import (
     COUPLINGS,
@@ -246,7 +246,7 @@ def test_own_labels_do_not_look_at_labels(small: Traced) -> None:
 
 def test_label_without_a_class_is_refused(small: Traced) -> None:
     samples = samples_of(small[0], labels=torch.full((40,), 10))
-    with pytest.raises(NetworkError, match=r"10 classes, .* label 10; set network.num_classes"):
+    with pytest.raises(DataError, match=r"10 classes, .* label 10; labels count from 0"):
         scores_of(small, "obd", samples=samples)
 
 

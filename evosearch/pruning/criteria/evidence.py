@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evosearch.data import check_classes
 from evosearch.errors import NetworkError
 from evosearch.pruning.criteria.excitation import train_excitations
 from evosearch.pruning.criteria.gradients import NORM_GRADIENTS, WEIGHT_GRADIENTS
@@ -97,15 +98,6 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _checked(labels: Tensor, classes: int) -> Tensor:
-    if int(labels.max()) >= classes:
-        raise NetworkError(
-            f"the network has {classes} classes, but a calibration image has the label "
-            f"{int(labels.max())}; set network.num_classes"
-        )
-    return labels
-
-
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
     """A class for each row, drawn from the softmax."""
     return torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
@@ -178,7 +170,7 @@ def collect(module: nn.Module, plan: CuttingPlan, kinds: Set[str], samples: Samp
         samples: The images. Kinds of LABELLED need `samples.has_targets`.
 
     Raises:
-        NetworkError: A label has no class.
+        DataError: A label has no class.
     """
     generator = torch.Generator().manual_seed(0)
     gradients = _Gradients(module, plan, kinds) if kinds & LABELLED else None
@@ -208,7 +200,8 @@ def collect(module: nn.Module, plan: CuttingPlan, kinds: Set[str], samples: Samp
                 if labels is None:
                     targets.append(_drawn(outputs.detach(), generator))
                 else:
-                    targets.append(_checked(labels[done : done + len(part)], outputs.shape[1]))
+                    check_classes(labels.numpy(), outputs.shape[1], "calibration")
+                    targets.append(labels[done : done + len(part)])
                 done += len(part)
                 if wanted:
                     gradients.add(F.cross_entropy(outputs, targets[-1]))
