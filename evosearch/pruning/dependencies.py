@@ -2,11 +2,15 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from evosearch.errors import NetworkError
@@ -23,33 +27,63 @@ __all__ = ["dependencies"]
 
 # No map is flattened into more than a layer reads: beyond, each channel is followed to each token.
 _MOST_TIMES = 4
+# Nor has a group more members than a network has layers (DenseNet-121's largest: a quarter of
+# them). Beyond, sums of slices are followed in circles.
+_MOST_MEMBERS = 1_000
 
 
 @contextlib.contextmanager
-def _bounded(module: nn.Module) -> Iterator[None]:
-    """Has the graph give up where it would follow channels until memory is full."""
-    from torch_pruning.dependency import index_mapping
+def _adapted(module: nn.Module) -> Iterator[None]:
+    """Has the graph give up where it would follow channels for ever, and forget no channel.
 
-    # A private class: where a later version has none, there is no bound.
-    mapping: Any = getattr(index_mapping, "_FlattenIndexMapping", None)
-    if mapping is None:
-        yield
-        return
-    plain = mapping.__call__
+    It does so by private classes: where a later version lacks one of them, it is as it comes.
+    """
+    from torch_pruning.dependency import group, index_mapping
+
     widths = (dimensions(m) for m in module.modules() if isinstance(m, nn.Linear | Convolution))
     most = _MOST_TIMES * max((max(pair) for pair in widths), default=1)
+    members = max(_MOST_MEMBERS, len(list(module.modules())))
 
-    def bounded(self: object, indices: Any) -> Any:
+    def flattened(plain: Any, self: Any, indices: Any) -> Any:
         found = plain(self, indices)
         if len(found) > most:
             raise OverflowError("a channel is followed to more places than any map has")
         return found
 
-    mapping.__call__ = bounded
+    def added(plain: Any, self: Any, dep: Any, idxs: Any) -> None:
+        plain(self, dep, idxs)
+        if len(self) > members:
+            raise OverflowError("a channel is followed in circles")
+
+    def merged(_plain: Any, self: Any, dep: Any, idxs: Any) -> None:
+        # As it comes, a second channel that leads to the same place is dropped.
+        for place, (known, before) in enumerate(self.items):
+            if known.target == dep.target and known.handler == dep.handler:
+                both = list(dict.fromkeys([*before, *idxs]))
+                self[place] = type(self[place])(known, both)
+                return
+        self.add_dep(dep, idxs)
+
+    with (
+        _replaced(getattr(index_mapping, "_FlattenIndexMapping", None), "__call__", flattened),
+        _replaced(group.Group, "add_dep", added),
+        _replaced(group.Group, "add_and_merge", merged),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, ours: Callable[..., Any]) -> Iterator[None]:
+    """Calls `ours` with a method and its arguments in place of the method, if there is one."""
+    plain = getattr(owner, name, None)
+    if plain is None:
+        yield
+        return
+    setattr(owner, name, lambda *args, **named: ours(plain, *args, **named))
     try:
         yield
     finally:
-        mapping.__call__ = plain
+        setattr(owner, name, plain)
 
 
 @contextlib.contextmanager
@@ -78,7 +112,7 @@ def dependencies(module: nn.Module, example: Tensor) -> list[Proposal]:
 
     graph = tp.DependencyGraph()
     names = {part: name for name, part in module.named_modules()}
-    with warnings.catch_warnings(), torch.enable_grad(), _bounded(module), _hooks_kept(module):
+    with warnings.catch_warnings(), torch.enable_grad(), _adapted(module), _hooks_kept(module):
         warnings.simplefilter("ignore")
         try:
             graph.build_dependency(module, (example,), verbose=False)
@@ -90,7 +124,9 @@ def dependencies(module: nn.Module, example: Tensor) -> list[Proposal]:
 def _candidate(graph: object, group: object, names: dict[nn.Module, str]) -> Proposal:
     items = list(group)  # type: ignore[call-overload]
     root = items[0].dep.target.module
-    found = Proposal(name=names[root], channels=len(items[0].idxs))
+    found = Proposal(name=names[root], channels=1 + max(items[0].idxs))
+    # Places in a layer and the root's channels that stand there, by side and layer.
+    places: dict[tuple[bool, str], list[NDArray[np.int64]]] = defaultdict(list)
     for item in items:
         target = item.dep.target.module
         if isinstance(target, nn.Parameter):
@@ -104,12 +140,40 @@ def _candidate(graph: object, group: object, names: dict[nn.Module, str]) -> Pro
         if not isinstance(target, nn.Linear | Convolution) and not is_channelwise(target):
             continue
         is_in = graph.is_in_channel_pruning_fn(item.dep.handler)  # type: ignore[attr-defined]
-        passes_through = is_channelwise(target) or is_depthwise(target)
-        side = found.ins if is_in and not passes_through else found.outs
-        width = dimensions(target)[1 if side is found.ins else 0]
-        sources = side.setdefault(name, np.full(width, -1, dtype=np.int64))
-        sources[np.array(item.idxs, dtype=np.int64)] = item.root_idxs
+        reads = is_in and not is_channelwise(target) and not is_depthwise(target)
+        places[reads, name].append(np.array([item.idxs, item.root_idxs], dtype=np.int64))
+    joined = {key: np.concatenate(parts, axis=1) for key, parts in places.items()}
+    found.channels, numbers = _inseparable(list(joined.values()), found.channels)
+    layers = {name: target for target, name in names.items()}
+    for (reads, name), (indices, channels) in joined.items():
+        side = found.ins if reads else found.outs
+        side[name] = np.full(dimensions(layers[name])[reads], -1, dtype=np.int64)
+        side[name][indices] = numbers[channels]
     return found
+
+
+def _inseparable(places: Sequence[NDArray[np.int64]], width: int) -> tuple[int, NDArray[np.int64]]:
+    """Gives channels that stand at one place of some layer one number.
+
+    A ghost module returns its channels and, behind them, what a depthwise convolution makes of
+    them: to what reads both these are two channels, of which none can go alone.
+
+    Args:
+        places: Arrays `(2, n)` of places in one layer and the channels that stand there.
+        width: How many channels there are.
+
+    Returns:
+        How many can go alone, and the number of each channel among them, `(width,)`.
+    """
+    bonds = [np.zeros((2, 0), dtype=np.int64)]
+    for indices, channels in places:
+        order = np.argsort(indices, kind="stable")
+        same = np.diff(indices[order]) == 0
+        bonds.append(np.stack([channels[order][:-1][same], channels[order][1:][same]]))
+    start, end = np.concatenate(bonds, axis=1)
+    graph = coo_array((np.ones(len(start)), (start, end)), shape=(width, width))
+    count, numbers = connected_components(graph, directed=False)
+    return int(count), numbers.astype(np.int64)
 
 
 def _unsupported(module: nn.Module) -> str | None:

@@ -72,6 +72,25 @@ class Small(nn.Module):
         return logits
 
 
+class Ghost(nn.Module):
+    """A stem of eight channels, to which is added a ghost module's four and their doubles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.inner, self.inner_norm = nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6)
+        self.few, self.few_norm = nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)
+        self.twin = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem_norm(self.stem(x)))
+        few = self.few_norm(self.few(F.relu(self.inner_norm(self.inner(x)))))
+        x = F.relu(x + torch.cat([few, self.twin(few)], 1))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
 class Stream(nn.Module):
     """A residual stream, written by two convolutions with norms and read by two."""
 

@@ -32,6 +32,25 @@ class Shuffled(nn.Module):
         return self.fc(shuffled(torch.cat([first, second], 1)).mean((2, 3)))
 
 
+class Growing(nn.Module):
+    """Blocks that add their input to the first of their channels, and append the others."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        widths = range(4, 4 + 2 * blocks, 2)
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.inner = nn.ModuleList(nn.Conv2d(width, 6, 1) for width in widths)
+        self.outer = nn.ModuleList(nn.Conv2d(6, width + 2, 1) for width in widths)
+        self.fc = nn.Linear(4 + 2 * blocks, 10)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            width, y = x.shape[1], outer(F.relu(inner(x)))
+            x = torch.cat([y[:, :width] + x, y[:, width:]], 1)
+        return self.fc(x.mean((2, 3)))
+
+
 def gives_up(_module: nn.Module, _example: Tensor) -> list[Proposal]:
     raise NetworkError("Torch-Pruning cannot follow this network: as a test wants it")
 
@@ -86,3 +105,10 @@ def test_graph_that_follows_channels_too_far_gives_up_and_leaves_no_trace(
         dependencies(module, torch.zeros(2, 3, 6, 6))
     assert not any(layer._forward_hooks for layer in module.modules())
     assert names(trace(own(module, (3, 6, 6)))) == wanted
+
+
+def test_graph_that_follows_channels_in_circles_gives_up() -> None:
+    # In ReXNet, which is made so, it would go on for hours.
+    plan = traced_own(Growing(8))
+    assert names(plan) == [f"inner.{block}" for block in range(8)]
+    assert "OverflowError('a channel is followed in circles')" in reasons(plan)["stem"]

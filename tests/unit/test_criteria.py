@@ -25,6 +25,7 @@ from evosearch.pruning.criteria.weights import geometric_median
 from evosearch.pruning.groups import trace
 from evosearch.pruning.table import Group
 from tests.unit.small_networks import (
+    Ghost,
     Small,
     Stream,
     Traced,
@@ -340,6 +341,25 @@ def test_permuted_channels_have_permuted_scores(criterion: str) -> None:
         assert not np.array_equal(after, before)
     else:
         np.testing.assert_allclose(after, before[order.numpy()], rtol=1e-3, atol=1e-6)
+
+
+def test_filters_of_a_channel_and_of_its_double_both_count() -> None:
+    torch.manual_seed(0)
+    traced = own(uneven(Ghost()))
+    module = traced[0].module
+    stem, single = module.stem.weight.abs().sum((1, 2, 3)), module.few.weight.abs().sum((1, 2, 3))
+    wanted = torch.stack([stem[:4], stem[4:], single, module.twin.weight.abs().sum((1, 2, 3))])
+    found = part(traced, "stem", scores_of(traced, "l1", coupling="max"))
+    np.testing.assert_allclose(found, wanted.detach().amax(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_channels_with_a_double_are_scored(criterion: str) -> None:
+    torch.manual_seed(0)
+    traced = own(uneven(Ghost()))
+    found = part(traced, "stem", scores_of(traced, criterion))
+    assert found.shape == (4,)
+    assert np.isfinite(found).all()
 
 
 def test_nothing_is_collected_that_nobody_needs(

@@ -31,6 +31,7 @@ from tests.unit.cuts import (
     traced_once,
     traced_own,
 )
+from tests.unit.small_networks import Ghost
 
 
 @pytest.fixture
@@ -270,6 +271,24 @@ def test_channels_that_stand_twice_in_a_consumer_are_cut_twice() -> None:
     keep = choose(plan.table, np.array([3, 6]), 0)
     cut = Cutter(plan, network.module).cut(keep)
     assert cut.b.in_channels == 6
+    example = network.example(2)
+    wanted = ignoring(network.module, plan, keep)(example.double())
+    torch.testing.assert_close(cut(example).double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_channel_and_its_double_are_one_channel() -> None:
+    torch.manual_seed(0)
+    network = own(Ghost())
+    plan = trace(network)
+    ghost = plan.table.groups[0]
+    assert [(g.name, g.channels) for g in plan.table.groups] == [("stem", 4), ("inner", 6)]
+    assert sorted(ghost.producers + ghost.consumers) == ["fc", "few", "inner", "stem", "twin"]
+    keep = choose(plan.table, np.array([3, 4]), 0)
+    cut = Cutter(plan, network.module).cut(keep)
+    assert (cut.stem.out_channels, cut.few.out_channels, cut.twin.groups) == (6, 3, 3)
+    macs, params = plan.table.costs(np.array([[3, 4]]))
+    assert macs.item() == counted_macs(network, cut)
+    assert params.item() == sum(p.numel() for p in cut.parameters())
     example = network.example(2)
     wanted = ignoring(network.module, plan, keep)(example.double())
     torch.testing.assert_close(cut(example).double(), wanted, rtol=1e-4, atol=1e-5)

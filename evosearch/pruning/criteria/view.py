@@ -61,8 +61,9 @@ class GroupView:
 
     Args:
         group: Names and sizes.
-        producers: Per producing layer `(n_channels, fan_in)` float64: its filters.
-        scales: Per batch norm of the group `(n_channels,)` float64: gamma.
+        producers: Per producing layer `(n_channels, fan_in)` float64: its filters. A layer that
+            has every channel at two places, as before a ghost module's sum, counts as two.
+        scales: Per batch norm of the group `(n_channels,)` float64: gamma; likewise.
         consumers: The layers that read the group.
         evidence: Per kind, for each layer that it was collected from `(n, n_channels)` float64;
             only of the kinds that a requested criterion needs.
@@ -100,10 +101,14 @@ class GroupView:
 _NOTHING = Evidence()
 
 
-def _places(sources: NDArray[np.int64], first: int, n: int) -> Tensor:
-    """Indices of an axis that are channels `first` to `first + n - 1`, in channel order."""
+def _places(sources: NDArray[np.int64], first: int, n: int) -> tuple[Tensor, ...]:
+    """Indices of an axis that are channels `first` to `first + n - 1`, in channel order.
+
+    Each `(n,)`: as many as there are places at which an axis has every channel, mostly one.
+    """
     inside = np.flatnonzero((sources >= first) & (sources < first + n))
-    return torch.from_numpy(inside[np.argsort(sources[inside], kind="stable")])
+    ordered = inside[np.argsort(sources[inside], kind="stable")]
+    return tuple(torch.from_numpy(ordered.reshape(n, -1).T.copy()))
 
 
 def group_views(
@@ -128,22 +133,25 @@ def group_views(
     read: dict[str, tuple[Tensor, Tensor | None, dict[str, Tensor]]] = {}
     views = []
     for group, first in zip(table.groups, map(int, table.offsets), strict=True):
-        places: dict[str, Tensor] = {}
-        producers, scales, consumers = [], [], []
+        places: dict[str, tuple[Tensor, ...]] = {}
+        producers: list[Tensor] = []
+        scales: list[Tensor] = []
+        consumers: list[Consumer] = []
         for entry in plan.cuts:
             layer = layers[entry.name]
             if isinstance(layer, Norm) and layer.affine and entry.out_axis is not None:
                 found = _places(table.axes[entry.out_axis].sources, first, group.channels)
-                if len(found) == group.channels:
+                if found:
                     places[entry.name] = found
-                    scales.append(layer.weight.detach().double()[found])
+                    scale = layer.weight.detach().double()
+                    scales.extend(scale[where] for where in found)
         for name in group.producers:
             out_axis = cuts[name].out_axis
             assert out_axis is not None  # noqa: S101  producers are cut along their outputs
             weight = layers[name].weight.detach().double()
             places[name] = _places(table.axes[out_axis].sources, first, group.channels)
-            producers.append(weight[places[name]].flatten(1))
-        columns: dict[str, Tensor] = {}
+            producers.extend(weight[where].flatten(1) for where in places[name])
+        columns: dict[str, tuple[Tensor, ...]] = {}
         for name in group.consumers:
             in_axis = cuts[name].in_axis
             assert in_axis is not None  # noqa: S101  consumers are cut along their inputs
@@ -153,11 +161,15 @@ def group_views(
                 gram = None if grams is None else torch.from_numpy(np.array(grams[name]))
                 read[name] = weight, gram, {}
             columns[name] = _places(units.sources, first, group.channels)
+            (of_units,) = columns[name]
             weight, gram, derived = read[name]
-            consumers.append(Consumer(weight, gram, columns[name], derived))
+            consumers.append(Consumer(weight, gram, of_units, derived))
         seen = {
             kind: tuple(
-                by_layer[name][:, where] for name, where in side.items() if name in by_layer
+                by_layer[name][:, where]
+                for name, places_of_it in side.items()
+                if name in by_layer
+                for where in places_of_it
             )
             for kinds, side in ((evidence.read, columns), (evidence.written, places))
             for kind, by_layer in kinds.items()
