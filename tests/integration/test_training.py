@@ -16,21 +16,20 @@ import evosearch
 from tests.integration.conftest import Cli
 
 
-def stop_twice(cli: Cli, checkpoint: Path, *arguments: str) -> None:
-    """Starts a training, kills it after an epoch, starts it again, interrupts it after another."""
-    for how, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        process = cli.start(*arguments)
-        while process.poll() is None and (
-            not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before
-        ):
-            time.sleep(0.02)
-        process.send_signal(how)
-        _, err = process.communicate()
-        assert process.returncode == code, err
-        assert checkpoint.exists()
-    assert "the same command continues after the last whole epoch" in err
+def stopped(cli: Cli, checkpoint: Path, how: signal.Signals, code: int, *arguments: str) -> str:
+    """Starts a training, stops it after an epoch of its own, and returns what it said."""
+    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+    process = cli.start(*arguments)
+    while process.poll() is None and (
+        not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before
+    ):
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, err = process.communicate()
+    assert process.returncode == code, err
+    assert checkpoint.exists()
     assert "Traceback" not in err
+    return err
 
 
 def test_training_can_be_stopped_and_continued(cli: Cli) -> None:
@@ -40,8 +39,11 @@ def test_training_can_be_stopped_and_continued(cli: Cli) -> None:
     data = ["train", network, "cifar10-sample", *options]
     cli.here(*data, "--out", "whole.safetensors")
     again = [*data, "--out", "stopped.safetensors"]
-    stop_twice(cli, cli.folder / "stopped.checkpoint.pt", *again)
-    assert "held out" in cli.run(*again).stdout
+    checkpoint = cli.folder / "stopped.checkpoint.pt"
+    stopped(cli, checkpoint, signal.SIGKILL, -signal.SIGKILL, *again)
+    said = stopped(cli, checkpoint, signal.SIGINT, 130, *again)
+    assert "the same command continues after the last whole epoch" in said
+    assert "held out" in cli.here(*again).stdout
     logs = [pd.read_csv(cli.folder / f"{name}.log.csv") for name in ("whole", "stopped")]
     pd.testing.assert_frame_equal(*(log.drop(columns="seconds") for log in logs))
 
@@ -102,14 +104,15 @@ def test_a_network_of_a_run_is_fine_tuned_and_loads(cli: Cli, run: Path) -> None
 def test_fine_tuning_can_be_stopped_and_continued(cli: Cli, run: Path) -> None:
     assert run.is_dir()
     options = ("--policy", small_policy(cli), "--epochs", "20", "--batch-size", "100")
-    cli.run("finetune", "run", "whole.safetensors", *options)
+    cli.here("finetune", "run", "whole.safetensors", *options)
     again = ("finetune", "run", "stopped.safetensors", *options)
-    stop_twice(cli, cli.folder / "stopped.checkpoint.pt", *again)
+    said = stopped(cli, cli.folder / "stopped.checkpoint.pt", signal.SIGINT, 130, *again)
+    assert "the same command continues after the last whole epoch" in said
     other = cli.here(*again, "--distillation", "0.5", code=2).stderr
     assert "stopped.checkpoint.pt was trained with distillation = 0.9, now it is 0.5" in other
     other = cli.here(*again, "--set", "proxy.criterion=l1", code=2).stderr
     assert "now it is --set proxy.criterion=l1; remove the file to start over" in other
-    cli.run(*again)
+    cli.here(*again)
     states = [
         evosearch.load_pruned(cli.folder / f"{name}.safetensors").state_dict().values()
         for name in ("whole", "stopped")
@@ -135,9 +138,16 @@ def test_a_search_for_one_budget_needs_no_name(cli: Cli, recipe: Callable[..., s
 
 
 def test_training_in_vain_says_so(cli: Cli) -> None:
+    from evosearch.data import open_source
+
     # A network whose batch norm a few steps of that size unsettle.
-    options = ("--workers", "0", "--evaluations", "3", "--set", "search.baseline=0")
-    cli.here("launch", "quickstart", "--out", "run", *options, "--set", "data.validation=100")
+    found = open_source("cifar10-sample").training().take(np.arange(600))
+    np.savez(cli.folder / "mine.npz", images=found.pixels, labels=found.labels)
+    changes = ("data.name=mine.npz", "data.validation=60", "data.check=0", "search.baseline=0")
+    options = [part for change in changes for part in ("--set", change)]
+    cli.here(
+        "launch", "quickstart", "--workers", "0", "--evaluations", "3", "--out", "run", *options
+    )
     policy = ("--policy", small_policy(cli))
     said = cli.here("finetune", "run", "short.safetensors", *policy, "--epochs", "1", "--lr", "1")
     assert "the training left it no better than it was" in said.stderr

@@ -131,7 +131,7 @@ def test_interrupt_with_workers_resumes_to_the_same_end(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    cli.run("resume", "stopped")
+    cli.here("resume", "stopped", "--workers", "0")
     for run in ("whole", "stopped"):
         cli.here("export", run, f"{run}.csv")
     whole, stopped = ((cli.folder / f"{run}.csv").read_bytes() for run in ("whole", "stopped"))
