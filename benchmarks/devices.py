@@ -5,12 +5,15 @@ Published ResNet-20 and ResNet-56, policies and proxies as in throughput.py: `sa
 measured on 64). One to eight scorers on Ray share a GPU, as `run.gpus_per_worker = 0.125` says, or
 have a core each where the device is the CPU. All score the same policies, in blocks that take
 turns. Beside it, how far a device's metrics are from those of a scorer on the CPU, and whether they
-order the policies alike.
+order the policies alike. Kernels of several scorers run at the same time only under CUDA's
+Multi-Process Service; else they take turns. The JSON says which.
 
     python benchmarks/devices.py [--device cuda] [--scorers 1 2 4 8] [--blocks 3] [--policies 32]
+        [--round-to 8]
 """
 
 import math
+import os
 import statistics
 import time
 from pathlib import Path
@@ -42,13 +45,21 @@ from evosearch.scoring.workload import (
 READ_BY = {"ours, compensated": "error", "ours, compensated, quick": "distortion"}
 
 
-def random_policies(table: GroupTable, count: int) -> list[Policy]:
-    """Channels kept at random, 20 to 75% removed per group."""
+def random_policies(table: GroupTable, count: int, round_to: int) -> list[Policy]:
+    """Channels kept at random, 20 to 75% removed per group, rounded up to a multiple."""
     rng = np.random.default_rng(0)
-    return [
-        Policy(tuple(int(c - math.floor(c * rng.uniform(0.2, 0.75))) for c in table.channels))
-        for _ in range(count)
-    ]
+
+    def width(channels: int) -> int:
+        kept = channels - math.floor(channels * rng.uniform(0.2, 0.75))
+        return min(channels, -(-kept // round_to) * round_to)
+
+    return [Policy(tuple(map(width, table.channels.tolist()))) for _ in range(count)]
+
+
+def served_together() -> bool:
+    """Whether processes share a GPU through CUDA's Multi-Process Service."""
+    pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
+    return (pipes / "control").exists()
 
 
 def prepared(network: Network, plan: CuttingPlan, folder: Path, name: str, gpu: bool) -> Workload:
@@ -130,6 +141,7 @@ def main() -> None:
     made.add_argument("--scorers", nargs="+", type=int, default=[1, 2, 4, 8])
     made.add_argument("--blocks", type=int, default=3)
     made.add_argument("--policies", type=int, default=32, help="per block")
+    made.add_argument("--round-to", type=int, default=1, help="widths are multiples of this")
     made.add_argument("--compared", type=int, default=16, help="policies scored on the CPU as well")
     options = made.parse_args()
     gpu = options.device == "cuda"
@@ -140,7 +152,7 @@ def main() -> None:
     for name in options.networks:
         network = published(options.data, name)
         plan = trace(network)
-        policies = random_policies(plan.table, options.blocks * options.policies)
+        policies = random_policies(plan.table, options.blocks * options.policies, options.round_to)
         size = options.policies
         blocks = [policies[i * size : (i + 1) * size] for i in range(options.blocks)]
         for proxy, metric in READ_BY.items():
@@ -168,7 +180,8 @@ def main() -> None:
             for name, part in results.items()
         ],
     )
-    write("devices", options.json, {"device": device, "results": results})
+    settings = {"device": device, "mps": gpu and served_together(), "round_to": options.round_to}
+    write("devices", options.json, {**settings, "results": results})
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.groups import trace
 from evosearch.pruning.table import GroupTable
 from evosearch.recipe import RANKINGS, ProxyRecipe, RankingRecipe, Recipe
-from evosearch.scoring.devices import check_devices
+from evosearch.scoring.devices import check_devices, gpus_here
 from evosearch.scoring.objectives import COSTS, Goals, worst_metrics
 from evosearch.scoring.pool import PoolSettings
 from evosearch.scoring.proxies import ProxySettings, proxy_named
@@ -178,6 +178,11 @@ def assemble(
             criterion_named(ranking.criterion)
     run = recipe.run
     check_devices(run.workers, run.gpus_per_worker, run.ray_address)
+    if run.gpus_per_worker > 0 and recipe.proxy.precision == "auto" and not gpus_here():
+        raise ConfigError(
+            "proxy.precision: what the GPUs of the cluster compute in cannot be seen from here; "
+            "set it to bfloat16, which those of since 2020 do, or to float32"
+        )
     network, image_sets = network_and_images(recipe)
     plan = trace(network)
     options: Mapping[str, Any] = {k: v for k, v in recipe.space.items() if k != "name"}

@@ -146,6 +146,9 @@ def resume(
     run: RunPath,
     evaluations: Evaluations = None,
     workers: Workers = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="Share of a GPU for each scorer; 0: none")
+    ] = None,
     ray_address: Annotated[str | None, typer.Option(help="Join this Ray cluster")] = None,
 ) -> None:
     """Continue a run that was interrupted, or a finished one with a larger budget.
@@ -155,7 +158,11 @@ def resume(
     progress = _loading()
     from evosearch.run import resume as proceed
 
-    options = {"workers": workers, "ray_address": ray_address}
+    options = {
+        "workers": workers,
+        "gpus_per_worker": gpus_per_worker,
+        "ray_address": ray_address,
+    }
     given = {key: value for key, value in options.items() if value is not None}
     _conclude(proceed(run, progress, evaluations=evaluations, run_options=given))
 

@@ -86,7 +86,10 @@ def _about_latency(recipe: Recipe, latency: LatencyModel) -> list[str]:
 
 
 def _about_precision(recipe: Recipe) -> list[str]:
-    good = settled_precision("auto", gpu=recipe.run.gpus_per_worker > 0)
+    run = recipe.run
+    if run.gpus_per_worker > 0 and run.ray_address is not None:
+        return []  # of GPUs elsewhere nothing is known here
+    good = settled_precision("auto", gpu=run.gpus_per_worker > 0)
     if (recipe.proxy.precision, good) != ("bfloat16", "float32"):
         return []
     return [

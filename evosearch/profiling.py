@@ -73,7 +73,10 @@ def profile(recipe: Recipe) -> Profile:
     ladder = space.decode(space.ladder(3))
     middle = ladder[-1]
     device = local_device(recipe.run.gpus_per_worker)
-    candidate = Scorer(assembled.workload, device).score(middle)
+    scorer = Scorer(assembled.workload, device)
+    if device != "cpu":
+        scorer.score(middle)  # a GPU's libraries take seconds to start
+    candidate = scorer.score(middle)
     latency = _timed(assembled)
     lowest, highest = reachable_costs(space, replace(table, latency=latency))
     workers, settled = recipe.run.workers, assembled.recipe.search

@@ -24,9 +24,10 @@ from evosearch.data import DataSource, ImagePool, Images, balanced_subset
 from evosearch.errors import BackendError, ConfigError, DataError, EvosearchError
 from evosearch.fidelity.variants import RECIPE
 from evosearch.materials import source_of
-from evosearch.networks import Network
+from evosearch.networks import Network, check_alive
 from evosearch.policy import Policy
 from evosearch.recipe import Recipe
+from evosearch.scoring.devices import use_gpu_of
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.workload import Workload, settled_precision
 from evosearch.training import TrainSettings
@@ -196,23 +197,41 @@ def _pool(source: DataSource, part: str) -> ImagePool:
 
 
 class _FineTuner:
-    """Holds the images and the scorer that prepares networks; fine-tunes one after another."""
+    """Holds the images and the scorer that prepares networks; fine-tunes one after another.
+
+    Args:
+        workload, recipe, truth, parts: As in `fine_tune_all`.
+        worker: Number of the process, by which workers share the GPUs of this machine.
+    """
 
     def __init__(
-        self, workload: Workload, recipe: Recipe, truth: Truth, parts: Sequence[str]
+        self,
+        workload: Workload,
+        recipe: Recipe,
+        truth: Truth,
+        parts: Sequence[str],
+        worker: int = 0,
     ) -> None:
-        gpu = recipe.run.gpus_per_worker > 0
-        self._scorer = Scorer(workload, "cuda" if gpu else "cpu")
+        share = recipe.run.gpus_per_worker
+        device = "cuda" if share else "cpu"
+        if share:
+            use_gpu_of(worker, share)
+        self._scorer = Scorer(workload, device)
         self._workload = workload
-        self._truth = truth.settled(gpu=gpu)
+        self._truth = truth.settled(gpu=share > 0)
         source = source_of(recipe)
-        self._teacher = workload.network().module.to("cuda" if gpu else "cpu")
+        self._device = device
+        self._teacher = workload.network().module.to(device)
         self._images = _training_images(source.training(), truth, recipe.data.seed)
         pools = {part: _pool(source, part) for part in parts}
         self._parts = {part: pool.take(np.arange(len(pool.labels))) for part, pool in pools.items()}
 
     def run(self, policy: Policy, seed: int) -> FineTuned:
-        """Never raises for what a policy may do: the reason is part of the answer."""
+        """What a policy may do is part of the answer.
+
+        Raises:
+            BackendError: The GPU has failed.
+        """
         start = time.perf_counter()
         numbers: dict[str, float] = {}
         reason = None
@@ -226,6 +245,7 @@ class _FineTuner:
                 found = evaluate(network, images)
                 numbers |= {f"{part}.{name}": value for name, value in found.items()}
         except Exception as exc:  # noqa: BLE001  the border of a candidate
+            check_alive(self._device)
             numbers, reason = {}, f"{type(exc).__name__}: {exc}"[:300]
         if not np.isfinite(list(numbers.values())).all():
             numbers, reason = {}, "the fine-tuned network's outputs are not finite"
@@ -290,11 +310,12 @@ def fine_tune_all(
             record(tuner.run(policy, seed))
         return
     workers = min(recipe.run.workers, len(tasks))
+    context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(
         workers,
-        mp_context=multiprocessing.get_context("spawn"),
+        mp_context=context,
         initializer=_start_worker,
-        initargs=(workload, recipe, truth, tuple(parts)),
+        initargs=(workload, recipe, truth, tuple(parts), context.Value("i", 0)),
     )
     try:
         _dispatch(executor, workers, tasks, record, stop)
@@ -338,12 +359,24 @@ def _dispatch(
 _TUNER: list[_FineTuner | EvosearchError] = []  # one per worker process
 
 
-def _start_worker(workload: Workload, recipe: Recipe, truth: Truth, parts: tuple[str, ...]) -> None:
-    """Prepares a worker process: Ctrl-C is the driver's business, and its end is ours."""
+def _start_worker(
+    workload: Workload, recipe: Recipe, truth: Truth, parts: tuple[str, ...], started: Any
+) -> None:
+    """Prepares a worker process: Ctrl-C is the driver's business, and its end is ours.
+
+    Args:
+        workload: As in `fine_tune_all`.
+        recipe: Likewise.
+        truth: Likewise.
+        parts: Likewise.
+        started: Counter of the workers, shared by them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
+    with started.get_lock():
+        number, started.value = started.value, started.value + 1
     try:
-        _TUNER.append(_FineTuner(workload, recipe, truth, parts))
+        _TUNER.append(_FineTuner(workload, recipe, truth, parts, number))
     except EvosearchError as exc:
         _TUNER.append(exc)  # told by the first task: an initialiser cannot say why it failed
 

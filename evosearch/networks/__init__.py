@@ -1,6 +1,7 @@
 """Dense networks: built in, torchvision's or a user's own, with weights and normalisation."""
 
 from evosearch.networks.catalogue import BUILT_IN, InputSpec
+from evosearch.networks.gpus import check_alive, like_a_cpu, on_cpu, sent
 from evosearch.networks.loading import (
     Network,
     NetworkSpec,
@@ -27,16 +28,20 @@ __all__ = [
     "Network",
     "NetworkSpec",
     "build_module",
+    "check_alive",
     "check_repeatable",
     "import_own",
     "importing",
     "is_own",
+    "like_a_cpu",
     "load_into",
     "load_network",
+    "on_cpu",
     "plain",
     "put_state",
     "read_weights",
     "save_weights",
+    "sent",
     "weights_path",
     "write_portable",
 ]

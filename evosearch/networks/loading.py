@@ -19,6 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from evosearch.errors import NetworkError
 from evosearch.networks.catalogue import BUILT_IN, IMAGENET, InputSpec
+from evosearch.networks.gpus import sent
 from evosearch.networks.own import import_file, import_named
 from evosearch.networks.weights import load_into, read_weights, weights_path
 
@@ -76,16 +77,16 @@ class Network:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(batch, *self.input.shape, generator=generator)
 
-    def normalise(self, pixels: NDArray[np.uint8]) -> Tensor:
+    def normalise(self, pixels: NDArray[np.uint8], device: str | torch.device = "cpu") -> Tensor:
         """Turns `(n, height, width, channels)` uint8 into the network's `(n, c, h, w)` float32.
 
-        The result is in channels-last memory order.
+        The result is in channels-last memory order, on that device: bytes go there.
         """
-        mean = torch.tensor(self.input.mean).view(-1, 1, 1)
+        centre = 255 * torch.tensor(self.input.mean).view(-1, 1, 1)
         scale = 1 / (255 * torch.tensor(self.input.std).view(-1, 1, 1))
         # A copy: pixels may be a read-only view into shared memory.
-        images = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float()
-        return (images - 255 * mean) * scale
+        images = sent(torch.from_numpy(np.array(pixels)), device).permute(0, 3, 1, 2).float()
+        return (images - sent(centre, device)) * sent(scale, device)
 
 
 def _torchvision_factory(name: str) -> Callable[..., nn.Module] | None:

@@ -11,12 +11,13 @@ from evosearch.facts import read_facts
 from evosearch.files import make_parent
 from evosearch.ledger import Ledger
 from evosearch.measurement import METRICS, Status
-from evosearch.networks import Network, write_portable
+from evosearch.networks import Network, on_cpu, write_portable
 from evosearch.recipe import RunRecipe, change_recipe
 from evosearch.results.export import Records, export, front_records
 from evosearch.results.front import Results, Row, read_results
 from evosearch.results.models import read_pruned, save_pruned
 from evosearch.results.preparation import AS_SEARCHED, Preparation
+from evosearch.scoring.devices import local_device
 from evosearch.scoring.scorer import Scorer, out_of_memory
 from evosearch.scoring.workload import Workload
 
@@ -129,7 +130,11 @@ class NetworkWriter:
         self.recipe = recorded.recipe
         self.weights = recorded.weights
         self.dense = workload.network()
-        self._scorer = Scorer(workload)
+        wanted = recorded.recipe.run.gpus_per_worker
+        device = local_device(wanted)
+        self._scorer = Scorer(workload, device)
+        # Fits on a CPU and on a GPU agree to some digits, and so do the networks.
+        self._elsewhere = wanted > 0 and device == "cpu"
 
     @property
     def prepared(self) -> str:
@@ -158,21 +163,22 @@ class NetworkWriter:
     def prepare(self, row: Row) -> tuple[Network, Mapping[str, float]]:
         """The network of a measured policy, and its metrics on the validation images.
 
-        It is valid until the next call. It is measured again if it is prepared in another way than
-        it was in the search.
+        It is valid until the next call, and on the CPU. It is measured again if it is prepared in
+        another way than it was in the search, or where that was on a GPU that is not here.
 
         Raises:
             ConfigError: It cannot be prepared like that.
         """
         self.check(row)
-        if not self._preparation:
+        if not self._preparation and not self._elsewhere:
             module = self._scorer.network_of(row.policy)
-            return replace(self.dense, module=module), {name: row.values[name] for name in METRICS}
+            network = replace(self.dense, module=on_cpu(module))
+            return network, {name: row.values[name] for name in METRICS}
         measured = self._scorer.score(row.policy)
         if not measured.ok:
             less = "; name fewer images" if measured.status is Status.OUT_OF_MEMORY else ""
-            raise ConfigError(f"{self._preparation}: {row.policy.digest}: {measured.reason}{less}")
-        return replace(self.dense, module=self._scorer.network), measured.metrics
+            raise ConfigError(f"{self.prepared}: {row.policy.digest}: {measured.reason}{less}")
+        return replace(self.dense, module=on_cpu(self._scorer.network)), measured.metrics
 
     def save(self, row: Row, network: Network, file: Path, facts: Mapping[str, Any]) -> None:
         """Writes a network of that policy, with facts for people beside what loading needs."""

@@ -4,7 +4,7 @@ import torch
 
 from evosearch.errors import BackendError, ConfigError
 
-__all__ = ["check_devices", "local_device"]
+__all__ = ["check_devices", "gpus_here", "local_device", "use_gpu_of"]
 
 
 def check_devices(workers: int, gpus_per_worker: float, ray_address: str | None) -> None:
@@ -30,11 +30,11 @@ def check_devices(workers: int, gpus_per_worker: float, ray_address: str | None)
         raise ConfigError(
             f"run.gpus_per_worker = {gpus_per_worker:g} must be a whole number or less than 1"
         )
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = gpus_here()
     if count == 0:
         raise BackendError(
             f"run.gpus_per_worker = {gpus_per_worker:g}, but torch finds no GPU on this machine; "
-            "set it to 0, or join a cluster with --ray-address"
+            "set it to 0 (resume: --gpus-per-worker 0), or join a cluster with --ray-address"
         )
     # A share of a GPU lies on one of them.
     room = (
@@ -47,6 +47,31 @@ def check_devices(workers: int, gpus_per_worker: float, ray_address: str | None)
         )
 
 
+def gpus_here() -> int:
+    """How many GPUs torch can use on this machine."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def use_gpu_of(worker: int, share: float) -> None:
+    """Has this process compute on the GPU of one of several workers of this machine.
+
+    Args:
+        worker: Its number, from 0 on.
+        share: Of a GPU, for each; several whole ones are one.
+
+    Raises:
+        BackendError: There is no GPU here.
+    """
+    count = gpus_here()
+    if count == 0:
+        raise BackendError(
+            f"run.gpus_per_worker = {share:g}, but torch finds no GPU on this machine, where "
+            "fine-tuning runs; set it to 0"
+        )
+    place = worker // int(1 / share) if share < 1 else worker * int(share)
+    torch.cuda.set_device(place % count)
+
+
 def local_device(gpus_per_worker: float) -> str:
     """Where this process scores, `cuda` or `cpu`."""
-    return "cuda" if gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
+    return "cuda" if gpus_per_worker > 0 and gpus_here() else "cpu"

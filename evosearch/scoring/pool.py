@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from evosearch.errors import BackendError, ConfigError, WorkerLost
 from evosearch.measurement import Measurement
 from evosearch.policy import Policy
+from evosearch.scoring.devices import gpus_here
 from evosearch.scoring.dispatch import Dispatcher, Record, Stop
 from evosearch.scoring.racing import NO_RACES, Race, Races
 from evosearch.scoring.scorer import Scorer
@@ -75,7 +76,7 @@ class InProcessPool:
     """Scores here, one after another: the reference for every other pool."""
 
     def __init__(self, workload: Workload, device: str = "cpu") -> None:
-        self._scorer = Scorer(workload, device)
+        self._scorer: Scorer | None = Scorer(workload, device)
 
     def score(
         self,
@@ -86,13 +87,15 @@ class InProcessPool:
         ahead: Sequence[Policy] = (),  # noqa: ARG002  one scorer always has something to do
     ) -> None:
         """See Pool."""
+        assert self._scorer is not None  # noqa: S101  nobody asks what they closed
         for policy in policies:
             if stop():
                 return
             record(self._scorer.score(policy, races.get(policy)))
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Frees what the scorer held, of which there may be much on a GPU."""
+        self._scorer = None
 
 
 @contextlib.contextmanager
@@ -281,6 +284,7 @@ def _start_cluster(ray: Any, workload: Workload, settings: PoolSettings) -> None
         # Asked for by name: a bare init would attach to whatever RAY_ADDRESS says.
         address="local",
         num_cpus=max(settings.workers, 1),
+        num_gpus=gpus_here() if settings.gpus_per_worker > 0 else 0,
         include_dashboard=False,
         # The default is 30% of memory, more than /dev/shm holds in many containers.
         object_store_memory=max(80 << 20, 2 * arrays + (64 << 20)),
@@ -298,6 +302,9 @@ def _remote_scorer(ray: Any, settings: PoolSettings) -> Any:
             import torch
 
             torch.set_num_threads(1)
+            if 0 < settings.gpus_per_worker < 1:
+                # What one of them has cached is free memory to none of the others.
+                torch.cuda.set_per_process_memory_fraction(settings.gpus_per_worker)
             self._scorer = Scorer(workload, device)
 
         def ready(self) -> None:

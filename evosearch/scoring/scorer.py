@@ -3,6 +3,7 @@
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn.utils import get_total_norm
 from evosearch.data import Images
 from evosearch.errors import CandidateOutOfMemory, NetworkError
 from evosearch.measurement import METRICS, Measurement, Status
+from evosearch.networks import Network, check_alive, like_a_cpu
 from evosearch.policy import Policy
 from evosearch.pruning.blending import Blends
 from evosearch.pruning.compensation import Compensator
@@ -39,14 +41,34 @@ Answers = tuple[Tensor, Tensor]
 _MAX_REASON = 300
 _STATISTICS = ("running_mean", "running_var")
 # Normalised images beyond this size are made anew for every policy.
-_MAX_KEPT_BYTES = 1 << 28
+_MAX_KEPT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
+# A CPU, and the libraries of a GPU, say so in words only.
+_SHORT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 def out_of_memory(exc: BaseException) -> bool:
     """Whether that is what went wrong."""
-    # On a CPU torch says so in words only.
-    said = isinstance(exc, RuntimeError) and "allocate memory" in str(exc)
+    said = isinstance(exc, RuntimeError) and any(words in str(exc) for words in _SHORT_OF_MEMORY)
     return said or isinstance(exc, MemoryError | torch.OutOfMemoryError)
+
+
+@torch.inference_mode()
+def _check_runs(network: Network, device: str) -> None:
+    """Checks that a network computes there, which it need not: a forward may make CPU tensors.
+
+    Raises:
+        NetworkError: It does not.
+    """
+    try:
+        network.module(network.example(2).to(device))
+    except (RuntimeError, NotImplementedError) as exc:
+        if out_of_memory(exc):
+            raise
+        first = (str(exc).strip().splitlines() or [repr(exc)])[0]
+        raise NetworkError(
+            f"{network.spec.name} does not run on {device} ({first}); make tensors that its "
+            "forward needs buffers, or on the device of its input, or leave out run.gpus_per_worker"
+        ) from exc
 
 
 def _means(values: Mapping[str, Tensor]) -> dict[str, float]:
@@ -76,6 +98,9 @@ class Scorer:
     Args:
         workload: What to score with.
         device: Where to run, `cpu` or `cuda`.
+
+    Raises:
+        NetworkError: The network does not run there.
     """
 
     def __init__(self, workload: Workload, device: str = "cpu") -> None:
@@ -85,6 +110,8 @@ class Scorer:
         self._network = workload.network()
         dense = self._network.module.to(device)
         self._device = device
+        if device != "cpu":
+            _check_runs(self._network, device)
         self._cutter = Cutter(workload.plan, dense)
         self._compensator = None
         if workload.grams:
@@ -216,8 +243,12 @@ class Scorer:
 
     def distil(self) -> None:
         """Takes a few steps of training towards the dense network's outputs."""
-        parts = batches(self._network, self._workload.calibration, self._together, at_least=True)
-        images = [batch.to(self._device) for batch in parts]
+        parts = batches(
+            *(self._network, self._workload.calibration, self._together),
+            at_least=True,
+            device=self._device,
+        )
+        images = list(parts)
         distil(
             self._cutter.network,
             images,
@@ -230,14 +261,13 @@ class Scorer:
     def _inputs(self, part: str, images: Images, *, at_least: bool = False) -> Iterable[Tensor]:
         """Normalised batches, kept for the next policy unless they are too large for that."""
         size = self._together if at_least else self._batch_size
-        parts = batches(self._network, images, size, at_least=at_least)
-        # As float32.
-        if images.pixels.nbytes * 4 > _MAX_KEPT_BYTES:
+        dtype, device = self._measured.dtype, self._device
+        parts = batches(self._network, images, size, at_least=at_least, device=device)
+        if images.pixels.nbytes * dtype.itemsize > _MAX_KEPT_BYTES[device]:
             return parts
         key = (f"{part} {len(images)}", size)
         if key not in self._kept_inputs:
-            dtype, device = self._measured.dtype, self._device
-            self._kept_inputs[key] = [batch.to(device, dtype) for batch in parts]
+            self._kept_inputs[key] = [batch.to(dtype) for batch in parts]
         return self._kept_inputs[key]
 
     def measure(self) -> dict[str, float]:
@@ -293,7 +323,7 @@ class Scorer:
 
     def network_of(self, policy: Policy) -> nn.Module:
         """The pruned network that the metrics of a policy belong to; valid until the next call."""
-        with single_thread():
+        with single_thread(), like_a_cpu(self._device):
             self._proxy.prepare(self, self.keep(policy))
         return self.network
 
@@ -303,23 +333,29 @@ class Scorer:
         return self._cutter.network.eval()
 
     def score(self, policy: Policy, race: Race | None = None) -> Measurement:
-        """Measures a policy. Never raises: what went wrong is part of the measurement.
+        """Measures a policy. What goes wrong is part of the measurement.
 
         Args:
             policy: What to measure.
             race: Who may beat it before it has seen all images.
+
+        Raises:
+            BackendError: The GPU has failed, so that all candidates would.
         """
         start = time.perf_counter()
         try:
-            try:
+            found: dict[str, Any] | None = None
+            with suppress(CandidateOutOfMemory):
                 found = self._attempt(policy, race)
-            except CandidateOutOfMemory:
+            # Not in a handler of the first attempt's exception, which holds on to its tensors.
+            if found is None:
                 found = self._attempt_smaller(policy, race)
             seconds = time.perf_counter() - start
             return Measurement(policy=policy, **{"status": Status.OK, "seconds": seconds, **found})
         except CandidateOutOfMemory as exc:
             status, reason = Status.OUT_OF_MEMORY, str(exc)
         except Exception as exc:  # noqa: BLE001  the border of a candidate
+            check_alive(self._device)
             status = Status.FAILED
             text = " ".join("".join(traceback.format_exception_only(exc)).split())
             reason = text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}..."
@@ -329,7 +365,7 @@ class Scorer:
     def _attempt(self, policy: Policy, race: Race | None) -> dict[str, Any]:
         found: dict[str, Any]
         try:
-            with single_thread():
+            with single_thread(), like_a_cpu(self._device):
                 self._proxy.prepare(self, self.keep(policy))
                 self._refuse_what_is_not_finite()
                 if race is None:
@@ -363,6 +399,8 @@ class Scorer:
     def _attempt_smaller(self, policy: Policy, race: Race | None) -> dict[str, Any]:
         before = self._batch_size, self._together
         self._batch_size, self._together = (max(1, size // 2) for size in before)
+        # Images in parts of another size would come on top of them.
+        self._kept_inputs.clear()
         try:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -114,7 +114,7 @@ class single_thread:  # noqa: N801  a context manager is used like a function
 
 
 def batches(
-    network: Network, images: Images, size: int, *, at_least: bool = False
+    network: Network, images: Images, size: int, *, at_least: bool = False, device: str = "cpu"
 ) -> Iterator[Tensor]:
     """Normalised images in parts of equal size.
 
@@ -123,13 +123,14 @@ def batches(
         images: In their order.
         size: Images per part.
         at_least: Make fewer, larger parts rather than one that is smaller than `size`.
+        device: Where they are wanted.
 
     Yields:
         `(n, channels, height, width)` float32 in channels-last order.
     """
     count = len(images) // size if at_least else -(-len(images) // size)
     for part in np.array_split(images.pixels, max(1, count)):
-        yield network.normalise(part)
+        yield network.normalise(part, device)
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from evosearch.data import Images, augment
 from evosearch.errors import BackendError, ConfigError
 from evosearch.files import write_atomically
-from evosearch.networks import Network
+from evosearch.networks import Network, like_a_cpu, sent
 
 __all__ = [
     "Checkpoint",
@@ -139,7 +139,8 @@ def top1(network: Network, images: Images, batch_size: int = 500) -> float:
     hits = 0
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
-        logits = network.module(network.normalise(images.pixels[part]).to(device))
+        with like_a_cpu(device):
+            logits = network.module(network.normalise(images.pixels[part], device))
         labels = torch.from_numpy(images.labels[part]).to(device)
         hits += int((logits.argmax(1) == labels).sum())
     return hits / len(images)
@@ -290,6 +291,7 @@ def train_epoch(
     torch.manual_seed(settings.seed * _EPOCHS + epoch)
     network.module.train()
     guided = teacher is not None and settings.distillation > 0
+    rounded = settings.precision == "bfloat16"
     # Sums stay on the device: reading one at each step would have a GPU wait.
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     hits = torch.zeros((), dtype=torch.int64, device=device)
@@ -298,16 +300,17 @@ def train_epoch(
     for step, (pixels, labels) in enumerate(_batches(images, settings, epoch)):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(settings, epoch + (step + 1) / steps)
-        inputs = network.normalise(pixels).to(device)
-        target = torch.from_numpy(labels).to(device)
+        inputs = network.normalise(pixels, device)
+        target = sent(torch.from_numpy(labels), device)
         optimiser.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            logits: Tensor = network.module(inputs)
-            with torch.no_grad():
-                wanted = teacher(inputs).float() if guided and teacher is not None else None
-        logits = logits.float()
-        loss = _loss(logits, target, wanted, settings)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with like_a_cpu(device):
+            with torch.autocast(device.type, torch.bfloat16, enabled=rounded):
+                logits: Tensor = network.module(inputs)
+                with torch.no_grad():
+                    wanted = teacher(inputs).float() if guided and teacher is not None else None
+            logits = logits.float()
+            loss = _loss(logits, target, wanted, settings)
+            loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         loss_sum += loss.detach().double() * len(labels)
         hits += (logits.detach().argmax(1) == target).sum()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from evosearch.data import Images
-from evosearch.networks import Network
+from evosearch.networks import Network, like_a_cpu
 from evosearch.training.baseline import TrainSettings, make_optimiser, train_epoch, trainable
 
 __all__ = ["evaluate", "finetune"]
@@ -59,7 +59,8 @@ def evaluate(network: Network, images: Images, batch_size: int = 128) -> dict[st
     try:
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
-            logits = network.module(network.normalise(images.pixels[part]).to(device)).double()
+            with like_a_cpu(device):
+                logits = network.module(network.normalise(images.pixels[part], device)).double()
             labels = torch.from_numpy(images.labels[part]).to(device)
             wrong += int((logits.argmax(1) != labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))

@@ -8,13 +8,21 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import evosearch
 from evosearch import cli as commands
-from evosearch.errors import BudgetUnreachable, ConfigError, ConfigMismatch, NetworkError
+from evosearch.errors import (
+    BackendError,
+    BudgetUnreachable,
+    ConfigError,
+    ConfigMismatch,
+    NetworkError,
+)
 from evosearch.exporting import Choice, export_file
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement
@@ -22,6 +30,7 @@ from evosearch.networks import read_weights, save_weights
 from evosearch.recipe import load_recipe
 from evosearch.run import Finished, launch, resume
 from evosearch.scoring.objectives import Goals
+from evosearch.scoring.scorer import Scorer
 from evosearch.search import BASELINE, SEARCH
 from evosearch.status import read_status
 from tests.integration.tiny import Tiny
@@ -207,6 +216,48 @@ class Wider(Tiny):
         self.features[0] = torch.nn.Conv2d(3, 12, 3, 2, 1, bias=False)
         self.features[1] = torch.nn.BatchNorm2d(12)
         self.features[3] = torch.nn.Conv2d(12, 16, 3, 2, 1, bias=False)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_run_of_a_gpu_goes_on_and_exports_without_one(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = start().results.front[0].policy.digest
+    with Ledger.open(Path("run"), write=True) as ledger:
+        recipe = ledger.meta("recipe")
+        recipe["run"]["gpus_per_worker"] = 1.0  # as if it had been
+        ledger.set_meta("recipe", recipe)
+    with pytest.raises(BackendError, match=r"finds no GPU .*resume: --gpus-per-worker 0"):
+        resume(Path("run"), Watch(), evaluations=6)
+    options = {"gpus_per_worker": 0.0}
+    assert not resume(Path("run"), Watch(), evaluations=6, run_options=options).interrupted
+    assert read_status(Path("run"))["evaluations"] == 6
+    # What a CPU fits differs in some digits: the file has the metrics of what is in it.
+    measured: list[Measurement] = []
+    score = Scorer.score
+
+    def noted(self: Scorer, *arguments: Any) -> Measurement:
+        measured.append(score(self, *arguments))
+        return measured[-1]
+
+    monkeypatch.setattr(Scorer, "score", noted)
+    export_file(Path("run"), Path("small.safetensors"), Choice(policy=policy))
+    (found,) = measured
+    with safe_open("small.safetensors", "pt") as file:
+        assert float(file.metadata()["validation_error"]) == found.metrics["error"]
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_precision_of_a_cluster_that_is_not_seen_is_asked_for(start: Start) -> None:
+    joined = ("run.workers=2", "run.gpus_per_worker=1", "run.ray_address=10.0.0.1:6379")
+    with pytest.raises(ConfigError, match=r"proxy.precision: .* set it to bfloat16"):
+        start(*joined)
+    assert not Path("run").exists()
 
 
 def test_an_exported_network_is_not_put_into_another_one(start: Start) -> None:

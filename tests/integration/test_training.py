@@ -34,7 +34,7 @@ def stopped(cli: Cli, checkpoint: Path, how: signal.Signals, code: int, *argumen
 
 def test_training_can_be_stopped_and_continued(cli: Cli) -> None:
     # So many epochs that it is not done before the signal comes, however busy the machine.
-    options = ["--epochs", "20", "--batch-size", "100", "--seed", "1"]
+    options = ["--epochs", "20", "--batch-size", "100", "--seed", "1", "--device", "cpu"]
     network = f"{Path(__file__).with_name('tiny.py')}:Tiny"
     data = ["train", network, "cifar10-sample", *options]
     cli.here(*data, "--out", "whole.safetensors")
@@ -58,6 +58,7 @@ def small_policy(cli: Cli) -> str:
 def test_a_network_of_a_run_is_fine_tuned_and_loads(cli: Cli, run: Path) -> None:
     policy = small_policy(cli)
     options = ("--policy", policy, "--epochs", "3", "--batch-size", "100", "--lr", "0.05")
+    options += ("--device", "cpu")
     said = cli.here("finetune", "run", "fine/small.safetensors", *options)
     record = json.loads((cli.folder / "fine" / "small.json").read_text())
     assert record["policy"].startswith(policy)
@@ -104,6 +105,7 @@ def test_a_network_of_a_run_is_fine_tuned_and_loads(cli: Cli, run: Path) -> None
 def test_fine_tuning_can_be_stopped_and_continued(cli: Cli, run: Path) -> None:
     assert run.is_dir()
     options = ("--policy", small_policy(cli), "--epochs", "20", "--batch-size", "100")
+    options += ("--device", "cpu")
     cli.here("finetune", "run", "whole.safetensors", *options)
     again = ("finetune", "run", "stopped.safetensors", *options)
     said = stopped(cli, cli.folder / "stopped.checkpoint.pt", signal.SIGINT, 130, *again)

@@ -89,7 +89,11 @@ def transfers(name: str, layers: str) -> dict[str, int]:
     images = source.training().take(np.arange(64)), source.held_out().take(np.arange(64))
     workload = prepare_workload(network, plan, settings, *images)
     # Workloads are prepared with real tensors.
-    with patch.object(nn.Module, "to", moved), FakeTensorMode(allow_non_fake_inputs=True):
+    with (
+        patch.object(nn.Module, "to", moved),
+        patch.object(Tensor, "pin_memory", lambda tensor: tensor),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
         scorer = Scorer(workload, "cuda")
         LIVING.append(scorer)
         for keep in (plan.table.channels // 2, plan.table.channels // 3):

@@ -42,6 +42,7 @@ def main() -> None:
     Tensor.__int__ = lambda tensor: int(number(tensor))  # type: ignore[method-assign]
     Tensor.backward = backward  # type: ignore[method-assign, assignment]
     nn.Module.to = moved  # type: ignore[method-assign, assignment]
+    Tensor.pin_memory = lambda tensor: tensor  # type: ignore[method-assign, assignment]
     found = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in (student, teacher):

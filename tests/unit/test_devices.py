@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evosearch.errors import BackendError, ConfigError
-from evosearch.scoring.devices import check_devices, local_device
+from evosearch.scoring.devices import check_devices, local_device, use_gpu_of
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -53,3 +53,30 @@ def test_without_gpus_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     gpus(monkeypatch, 0)
     check_devices(8, 0.0, None)
     assert local_device(0.0) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "places"),
+    [
+        (1.0, 4, [0, 1, 2, 3]),
+        (0.5, 2, [0, 0, 1, 1]),
+        (0.3, 2, [0, 0, 0, 1]),
+        (2.0, 4, [0, 2, 0, 2]),
+        (0.25, 1, [0, 0, 0, 0]),
+    ],
+)
+def test_workers_without_ray_are_spread_over_the_gpus(
+    monkeypatch: pytest.MonkeyPatch, share: float, count: int, places: list[int]
+) -> None:
+    gpus(monkeypatch, count)
+    found: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    for worker in range(4):
+        use_gpu_of(worker, share)
+    assert found == places
+
+
+def test_fine_tuning_on_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 0)
+    with pytest.raises(BackendError, match="no GPU on this machine, where fine-tuning runs"):
+        use_gpu_of(0, 0.5)

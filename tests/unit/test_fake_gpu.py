@@ -38,6 +38,6 @@ def test_training_asks_a_gpu_for_nothing_before_the_epoch_is_over() -> None:
     short, long = printed("fake_gpu_training")
     # Whether the loss is finite, its mean, and top-1: once, however many steps there were.
     assert short["numbers"] == long["numbers"] == 3
-    # Images and labels of each step go there, and nothing comes back.
-    assert (short.pop("cpu to cuda"), long.pop("cpu to cuda")) == (2 * 2, 5 * 2)
+    # Images, their mean and scale, and labels of each step go there, and nothing comes back.
+    assert (short.pop("cpu to cuda"), long.pop("cpu to cuda")) == (2 * 4, 5 * 4)
     assert short == long == {"numbers": 3}

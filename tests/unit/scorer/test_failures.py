@@ -1,13 +1,39 @@
 """A failure is a measurement with a reason, and leaves no trace."""
 
+import weakref
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from evosearch.data import Images
+from evosearch.errors import BackendError, NetworkError
 from evosearch.measurement import Status
+from evosearch.networks import NetworkSpec, load_network
 from evosearch.policy import Policy
+from evosearch.pruning.groups import trace
+from evosearch.scoring.proxies import ProxySettings
 from evosearch.scoring.scorer import Scorer
+from evosearch.scoring.workload import prepare_workload
 from tests.unit.scorer.bench import BATCH, DENSE, HALF, ODD, Prepare, same
+
+AT_HOME = """
+import torch
+from torch import nn
+
+class Home(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 10)
+
+    def forward(self, x):
+        return self.fc(self.b(self.a(x).relu()).mean((2, 3))) + torch.ones(10)
+
+def make(num_classes):
+    torch.manual_seed(0)
+    return Home()
+"""
 
 
 def test_failing_step_is_a_failed_measurement_with_its_reason(
@@ -115,6 +141,9 @@ def memory_error_of_the_cpu() -> RuntimeError:
 MEMORY_ERRORS = [
     MemoryError("no room"),
     torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     memory_error_of_the_cpu(),
 ]
 
@@ -155,6 +184,56 @@ def test_memory_error_with_half_the_batch_is_out_of_memory(
     assert measurement.status is Status.OUT_OF_MEMORY
     assert measurement.reason == f"out of memory with batches of {BATCH // 2}"
     assert len(greedy.seen) == 2
+
+
+def test_the_second_attempt_has_the_memory_of_the_first(prepared: Prepare) -> None:
+    scorer = Scorer(prepared("raw"))
+    held: list[weakref.ref[Tensor]] = []
+    freed: list[bool] = []
+
+    def greedy(_module: nn.Module, args: tuple[Tensor]) -> None:
+        freed.append(not any(one() is not None for one in held))
+        if len(args[0]) > BATCH // 2:
+            large = torch.ones(1000)
+            held.append(weakref.ref(large))
+            held.append(weakref.ref(args[0]))
+            raise MemoryError(f"no room for {len(large)} more")
+
+    scorer._measured.module.register_forward_pre_hook(greedy)
+    assert scorer.score(HALF).ok
+    assert len(held) == 2
+    assert freed[0]
+    assert freed[1:] == [True] * (len(freed) - 1)
+
+
+def test_failure_of_the_gpu_is_no_measurement(
+    prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def lost(_device: str) -> None:
+        raise BackendError("the GPU has failed")
+
+    scorer = Scorer(prepared("recalibrated"))
+    monkeypatch.setattr(scorer, "recalibrate", broken)
+    assert scorer.score(HALF).status is Status.FAILED
+    monkeypatch.setattr("evosearch.scoring.scorer.check_alive", lost)
+    with pytest.raises(BackendError, match="the GPU has failed"):
+        scorer.score(HALF)
+
+
+def test_network_that_does_not_run_on_the_device_is_refused_at_once(
+    images: tuple[Images, Images], tmp_path: Path
+) -> None:
+    file = tmp_path / "at_home.py"
+    file.write_text(AT_HOME)
+    network = load_network(NetworkSpec(name=f"{file}:make", input_shape=(3, 32, 32)))
+    settings = ProxySettings(name="raw", criterion="l1", batch_size=BATCH)
+    workload = prepare_workload(network, trace(network), settings, *images)
+    # A device that has no numbers, but is another one.
+    with pytest.raises(NetworkError, match=r"at_home.py:make does not run on meta \(.*device"):
+        Scorer(workload, "meta")
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("boom")])
