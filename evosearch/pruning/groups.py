@@ -180,8 +180,19 @@ def _in_double(module: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
     """A network of scales that let everything be seen, and input, in float64.
 
     In float32 if the network insists on its precision.
+
+    Raises:
+        NetworkError: It cannot be copied.
     """
-    precise = _scaled(module).double()
+    try:
+        precise = _scaled(module).double()
+    except RuntimeError as exc:
+        if "deepcopy" not in str(exc):
+            raise
+        raise NetworkError(
+            "the network cannot be copied once it has run, as it keeps a tensor that its forward "
+            "computed: make that a buffer, or compute it each time"
+        ) from exc
     try:
         with torch.inference_mode():
             precise(example.double())

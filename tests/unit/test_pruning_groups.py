@@ -351,6 +351,16 @@ def test_input_of_another_shape_is_refused() -> None:
         trace(own(Chain(), (1, 8, 8)))
 
 
+def test_network_that_keeps_what_it_computed_is_refused() -> None:
+    class Keeping(Chain):
+        def forward(self, x: Tensor) -> Any:
+            self.kept = self.a(x)
+            return self.fc(self.b(self.kept).mean((2, 3)))
+
+    with pytest.raises(NetworkError, match="it keeps a tensor that its forward computed"):
+        traced_own(Keeping())
+
+
 def test_network_that_raises_is_named_with_its_error() -> None:
     def broken(_y: Tensor) -> Tensor:
         raise KeyError("frob")
