@@ -34,7 +34,9 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: search.population=48"),
 ]
 Workers = Annotated[int | None, typer.Option(min=0, help="Scorers on Ray; 0: in this process")]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads [as many as torch finds good here]")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: a GPU if there is one")]
 Evaluations = Annotated[int | None, typer.Option(min=1, help="Distinct policies to measure")]
 
@@ -371,7 +373,7 @@ def train(
     weight_decay: Annotated[float, typer.Option(min=0, help="L2 penalty")] = 5e-4,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order and crops")] = 0,
-    threads: Threads = 1,
+    threads: Threads = None,
     device: Device = "auto",
     data_root: Annotated[Path, typer.Option(help="Folder of the data set")] = Path("data"),
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set")] = False,
@@ -454,7 +456,7 @@ def finetune(
     ] = None,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or auto")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of order and crops")] = 0,
-    threads: Threads = 1,
+    threads: Threads = None,
     device: Device = "auto",
 ) -> None:
     """Train a network of a run, guided by the dense one; run again after a kill, it continues.

@@ -60,7 +60,8 @@ class TrainSettings:
         flip: Mirror half of the images.
         precision: `float32`, or `bfloat16` (autocast; weights stay float32).
         seed: Of initial weights, order and augmentation.
-        threads: CPU threads of torch.
+        threads: CPU threads of torch; None leaves that to torch. Other numbers of threads round
+            in another order.
     """
 
     epochs: int = 100
@@ -75,7 +76,7 @@ class TrainSettings:
     flip: bool = True
     precision: str = "float32"
     seed: int = 0
-    threads: int = 1
+    threads: int | None = 1
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2:
@@ -354,8 +355,11 @@ def train(
             f"there are {len(images)} training images, less than one batch of "
             f"{settings.batch_size}; lower --batch-size"
         )
-    torch.set_num_threads(settings.threads)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     module = network.module.to(memory_format=torch.channels_last)
+    if teacher is not None:
+        teacher.to(memory_format=torch.channels_last)
     optimiser = make_optimiser(module, settings)
     log = checkpoint.load(settings, module, optimiser) if checkpoint else []
     for epoch in range(len(log), settings.epochs):

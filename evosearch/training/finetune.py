@@ -35,8 +35,10 @@ def finetune(
         ConfigError: The loss became infinite.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads or before)
     module = trainable(network.module).to(memory_format=torch.channels_last)
+    if teacher is not None:
+        teacher.to(memory_format=torch.channels_last)
     try:
         optimiser = make_optimiser(module, settings)
         loss = np.nan

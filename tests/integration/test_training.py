@@ -35,6 +35,7 @@ def stopped(cli: Cli, checkpoint: Path, how: signal.Signals, code: int, *argumen
 def test_training_can_be_stopped_and_continued(cli: Cli) -> None:
     # So many epochs that it is not done before the signal comes, however busy the machine.
     options = ["--epochs", "20", "--batch-size", "100", "--seed", "1", "--device", "cpu"]
+    options += ["--threads", "1"]
     network = f"{Path(__file__).with_name('tiny.py')}:Tiny"
     data = ["train", network, "cifar10-sample", *options]
     cli.here(*data, "--out", "whole.safetensors")
@@ -105,7 +106,7 @@ def test_a_network_of_a_run_is_fine_tuned_and_loads(cli: Cli, run: Path) -> None
 def test_fine_tuning_can_be_stopped_and_continued(cli: Cli, run: Path) -> None:
     assert run.is_dir()
     options = ("--policy", small_policy(cli), "--epochs", "20", "--batch-size", "100")
-    options += ("--device", "cpu")
+    options += ("--device", "cpu", "--threads", "1")
     cli.here("finetune", "run", "whole.safetensors", *options)
     again = ("finetune", "run", "stopped.safetensors", *options)
     said = stopped(cli, cli.folder / "stopped.checkpoint.pt", signal.SIGINT, 130, *again)
