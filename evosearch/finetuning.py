@@ -11,9 +11,9 @@ from evosearch.errors import DataError
 from evosearch.files import make_parent
 from evosearch.ledger import Ledger
 from evosearch.materials import source_of
-from evosearch.networks import Network
+from evosearch.networks import Network, on_cpu
 from evosearch.recipe import Recipe
-from evosearch.results.front import read_results
+from evosearch.results.front import Row, read_results
 from evosearch.results.networks import NetworkWriter, chosen_row
 from evosearch.results.preparation import AS_SEARCHED, Preparation
 from evosearch.scoring.workload import settled_precision
@@ -103,33 +103,27 @@ def fine_tune(
     """
     check_result(file, "FILE")
     device = training_device(wanted.device)
-    precision = settled_precision(wanted.precision, gpu=device != "cpu")
-    settings = replace(wanted.training, precision=precision)
     with Ledger.open(run) as ledger:
         row = chosen_row(read_results(ledger), digits, run)
         writer = NetworkWriter(run, ledger, wanted.start)
     make_parent(file)
     training, parts = _images(writer.recipe, told)
-    # A copy: the writer's own is cut anew for every policy.
-    found, _ = writer.prepare(row)
-    module = trainable(copy.deepcopy(found.module), like=writer.dense.module)
-    network = on_device(replace(found, module=module), device)
-    dense = on_device(writer.dense, device)
+    network, dense = _networks(writer, row, device)
+    settings = replace(
+        wanted.training,
+        precision=settled_precision(wanted.precision, gpu=device != "cpu"),
+        crop_padding=network.input.crop_padding,
+        flip=network.input.flip,
+    )
     reference = _measured(dense, parts)
     before = top1(network, parts["held out"])
     told(
         f"{row.policy.digest}: {writer.described(row)}; held out {before:.2%} before training, "
-        f"{len(training)} images on {device} in {precision}"
+        f"{len(training)} images on {device} in {settings.precision}"
     )
-    settings = replace(settings, crop_padding=network.input.crop_padding, flip=network.input.flip)
-    about = {
-        "policy": row.policy.digest,
-        "start": writer.prepared,
-        "proxy": writer.recipe.proxy.model_dump_json(),
-        "dense network": writer.weights,
-        "images": training.digest(),
-    }
-    checkpoint = Checkpoint(path=file.with_suffix(CHECKPOINT), about=about)
+    checkpoint = Checkpoint(
+        path=file.with_suffix(CHECKPOINT), about=_subject(writer, row, training)
+    )
     log = train(
         network,
         training,
@@ -154,7 +148,7 @@ def fine_tune(
         **how_trained(settings),
     }
     log_path, record = write_records(file, log, facts)
-    writer.save(row, network, file, {"finetuned": facts})
+    writer.save(row, replace(network, module=on_cpu(network.module)), file, {"finetuned": facts})
     checkpoint.path.unlink(missing_ok=True)
     return FineTuned(
         network=writer.described(row),
@@ -165,6 +159,25 @@ def fine_tune(
         after=after,
         dense=reference,
     )
+
+
+def _networks(writer: NetworkWriter, row: Row, device: str) -> tuple[Network, Network]:
+    """The network of a policy, to be trained, and the dense one that guides it."""
+    found, _ = writer.prepare(row)
+    # A copy: the writer's own is cut anew for every policy.
+    module = trainable(copy.deepcopy(found.module), like=writer.dense.module)
+    return on_device(replace(found, module=module), device), on_device(writer.dense, device)
+
+
+def _subject(writer: NetworkWriter, row: Row, training: Images) -> dict[str, str]:
+    """What is trained, and on what: what a checkpoint of another training differs in."""
+    return {
+        "policy": row.policy.digest,
+        "start": writer.prepared,
+        "proxy": writer.recipe.proxy.model_dump_json(),
+        "dense network": writer.weights,
+        "images": training.digest(),
+    }
 
 
 def _images(recipe: Recipe, told: Callable[[object], object]) -> tuple[Images, dict[str, Images]]:
