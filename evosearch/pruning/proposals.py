@@ -160,7 +160,10 @@ def output_positions(module: nn.Module, example: Tensor) -> Positions:
             handle.remove()  # type: ignore[attr-defined]
     if not isinstance(output, Tensor) or output.ndim != 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise NetworkError(f"a network must return logits (images, classes), got {shape}")
+        raise NetworkError(
+            f"a network must return logits (images, classes), got {shape}; make it a module whose "
+            "forward returns those"
+        )
     if not output.requires_grad:
         raise NetworkError(
             "its outputs have no gradients, by which channels are followed: leave torch.no_grad, "
