@@ -1,6 +1,10 @@
-"""What a grouped convolution asks of criteria, stopwatches, repairs and exports."""
+"""Channels that go together: of a grouped convolution, and those with a double, as in GhostNet.
 
-from dataclasses import replace
+What they ask of criteria, stopwatches, repairs and exports.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,22 +54,45 @@ NARROW = Policy((8, 4, 12))
 Traced = tuple[Network, CuttingPlan]
 
 
+def warmed(name: str, images: Images) -> Traced:
+    """A network whose norms differ from channel to channel, and know the images."""
+    torch.manual_seed(0)
+    network = load_network(NetworkSpec(name=name, input_shape=(3, 32, 32)))
+    uneven(network.module)
+    norms = [layer for layer in network.module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # of all that was seen
+    network.module.train()(network.normalise(images.pixels))
+    network.module.eval()
+    return network, trace(network)
+
+
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory, images: tuple[Images, Images]) -> Traced:
     """A stream of 8 channels and two blocks whose inner 16 channels go four at a time."""
     file = tmp_path_factory.mktemp("grouped") / "grouped_net.py"
     file.write_text(FILE)
-    torch.manual_seed(0)
-    network = load_network(NetworkSpec(name=f"{file}:make", input_shape=(3, 32, 32)))
-    uneven(network.module)
-    norms = [layer for layer in network.module.modules() if isinstance(layer, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None  # of all that was seen
-    network.module.train()(network.normalise(images[0].pixels))
-    network.module.eval()
-    plan = trace(network)
+    network, plan = warmed(f"{file}:make", images[0])
     assert [(g.channels, g.granularity) for g in plan.table.groups] == [(8, 1), (16, 4), (16, 4)]
     return network, plan
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, a policy, and what that leaves of some layers."""
+
+    traced: Traced
+    policy: Policy
+    widths: Mapping[str, tuple[int, int]]
+
+
+@pytest.fixture(scope="module", params=["grouped", "doubled"])
+def case(request: pytest.FixtureRequest, traced: Traced, images: tuple[Images, Images]) -> Case:
+    if request.param == "grouped":
+        return Case(traced, NARROW, {"3.b": (4, 1), "4.b": (12, 3)})
+    ghost = warmed("tests.unit.small_networks:Ghost", images[0])
+    widths = {"stem": (6, 1), "inner": (4, 1), "few": (3, 1), "twin": (3, 3)}
+    return Case(ghost, Policy((3, 4)), widths)
 
 
 def test_channels_that_go_together_have_the_mean_of_their_scores(traced: Traced) -> None:
@@ -94,25 +121,26 @@ def test_widths_that_are_timed_are_whole_groups(traced: Traced) -> None:
 
 
 @pytest.mark.parametrize("name", PROXIES)
-def test_every_proxy_scores_it(traced: Traced, images: tuple[Images, Images], name: str) -> None:
+def test_every_proxy_scores_it(case: Case, images: tuple[Images, Images], name: str) -> None:
     settings = ProxySettings(name=name, criterion="l1", batch_size=16, precision="float32")
-    scorer = Scorer(prepare_workload(*traced, settings, *images))
-    found = scorer.score(NARROW)
+    scorer = Scorer(prepare_workload(*case.traced, settings, *images))
+    found = scorer.score(case.policy)
     assert found.reason is None
-    layers = dict(scorer.network_of(NARROW).named_modules())
-    assert [layers[f"{block}.b"].groups for block in (3, 4)] == [1, 3]
-    whole = scorer.score(traced[1].table.dense)
+    layers = dict(scorer.network_of(case.policy).named_modules())
+    left = {name: (layers[name].out_channels, layers[name].groups) for name in case.widths}
+    assert left == case.widths
+    whole = scorer.score(case.traced[1].table.dense)
     assert whole.metrics["distortion"] < found.metrics["distortion"]
 
 
 def test_reconstruction_comes_nearer_than_recalibration(
-    traced: Traced, images: tuple[Images, Images]
+    case: Case, images: tuple[Images, Images]
 ) -> None:
     found = []
     for name in ("reconstructed", "recalibrated"):
         settings = ProxySettings(name=name, criterion="l1", batch_size=16, precision="float32")
-        scorer = Scorer(prepare_workload(*traced, settings, *images))
-        found.append(scorer.score(NARROW).metrics["distortion"])
+        scorer = Scorer(prepare_workload(*case.traced, settings, *images))
+        found.append(scorer.score(case.policy).metrics["distortion"])
     assert found[0] < 0.9 * found[1]
 
 
@@ -125,15 +153,13 @@ def test_policy_that_splits_a_group_is_a_failed_measurement(
     assert "keeps multiples of 4 channels, not 6" in found.reason
 
 
-def test_exported_network_loads(
-    traced: Traced, images: tuple[Images, Images], tmp_path: Path
-) -> None:
-    network, plan = traced
+def test_exported_network_loads(case: Case, images: tuple[Images, Images], tmp_path: Path) -> None:
+    network, plan = case.traced
     settings = ProxySettings(name="reconstructed", criterion="l1", batch_size=16)
-    cut = Scorer(prepare_workload(network, plan, settings, *images)).network_of(NARROW)
+    cut = Scorer(prepare_workload(network, plan, settings, *images)).network_of(case.policy)
     groups = [(group.name, group.channels) for group in plan.table.groups]
     file = tmp_path / "cut.safetensors"
-    save_pruned(file, replace(network, module=cut), groups, NARROW, {})
+    save_pruned(file, replace(network, module=cut), groups, case.policy, {})
     loaded = load_pruned(file)
     example = network.example(4)
     with torch.inference_mode():
