@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from evosearch.pruning.layers import Channelwise
+from evosearch.pruning.layers import Channelwise, outputs_per_group
 from evosearch.pruning.table import GroupTable
 
 __all__ = ["Cutter", "CuttingPlan", "LayerCut", "kept_indices", "on_device"]
@@ -81,10 +81,10 @@ class Cutter:
         for name, layer in self._layers.items():
             entry = cuts.get(name, LayerCut(name=name, out_axis=None, in_axis=None))
             self._tensors += self._tensors_of(entry, dense[name], layer)
-        # How many outputs a group of a convolution has shows in the dense network alone: with one
-        # group left it looks like any other convolution.
+        # How many outputs a group has shows in the dense network alone: with one group left a
+        # convolution looks like any other.
         self._resized = [
-            (self._layers[entry.name], _outputs_per_group(dense[entry.name]), entry.out_axis)
+            (self._layers[entry.name], outputs_per_group(dense[entry.name]), entry.out_axis)
             for entry in plan.cuts
         ]
 
@@ -155,19 +155,12 @@ def kept_indices(
     ]
 
 
-def _outputs_per_group(layer: nn.Module) -> int | None:
-    """Of a grouped convolution; None of other layers."""
-    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.groups > 1:
-        return layer.out_channels // layer.groups
-    return None
-
-
 def _resize(layer: nn.Module, per_group: int | None, width: int) -> None:
     """Makes the attributes that state a layer's widths agree with its tensors.
 
     Args:
         layer: Cut.
-        per_group: Outputs of a group of a grouped convolution.
+        per_group: From `outputs_per_group`, before anything was cut.
         width: Channels of what has none to count, as norms without scales.
     """
     if isinstance(layer, nn.Linear):
@@ -179,5 +172,7 @@ def _resize(layer: nn.Module, per_group: int | None, width: int) -> None:
         layer.in_channels = layer.weight.shape[1] * layer.groups
     elif isinstance(layer, nn.PReLU):
         layer.num_parameters = width
+    elif isinstance(layer, nn.GroupNorm):
+        layer.num_channels, layer.num_groups = width, width // (per_group or 1)
     elif isinstance(layer, Channelwise):
         layer.num_features = width

@@ -178,6 +178,8 @@ def _inseparable(places: Sequence[NDArray[np.int64]], width: int) -> tuple[int, 
 
 def _unsupported(module: nn.Module) -> str | None:
     """Why a layer cannot be narrowed, or None if it can."""
+    if isinstance(module, nn.GroupNorm) and module.num_groups == 1:
+        return "it normalises all channels together"
     if isinstance(module, nn.Linear | Convolution | Channelwise):
         return None
     return f"{type(module).__name__} cannot be narrowed"

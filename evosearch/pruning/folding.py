@@ -22,6 +22,7 @@ __all__ = ["FastCopy", "Layout", "layout_of"]
 _WIDTHS = (
     *("in_channels", "out_channels", "groups"),
     *("in_features", "out_features", "num_features", "num_parameters"),
+    *("num_channels", "num_groups"),
 )
 
 

@@ -14,13 +14,16 @@ __all__ = [
     "dimensions",
     "is_channelwise",
     "is_depthwise",
+    "outputs_per_group",
 ]
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 """With statistics of a whole data set, which can be recalibrated, and folded away."""
-Channelwise = Norm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d | nn.PReLU
-"""What treats each channel by itself, and passes it on at the same place."""
+Channelwise = (
+    Norm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d | nn.PReLU | nn.GroupNorm
+)
+"""What passes each channel on at the same place, and treats it by itself or with its neighbours."""
 
 
 @dataclass
@@ -36,10 +39,24 @@ class Proposal:
 
 
 def is_channelwise(module: nn.Module) -> bool:
-    """Whether a layer treats each channel by itself; a PReLU of one slope has no channels."""
+    """Whether a layer passes each channel on, and leaves it be when others go.
+
+    A PReLU of one slope has no channels, and a norm of all channels together minds each.
+    """
     if isinstance(module, nn.PReLU):
         return module.num_parameters > 1
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups > 1
     return isinstance(module, Channelwise)
+
+
+def outputs_per_group(module: nn.Module) -> int | None:
+    """Of a grouped convolution or a group norm, which go or stay together; None of other layers."""
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels // module.num_groups
+    if isinstance(module, Convolution) and module.groups > 1:
+        return module.out_channels // module.groups
+    return None
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -59,6 +76,8 @@ def dimensions(module: nn.Module) -> tuple[int, int]:
         return module.out_channels, module.in_channels
     if isinstance(module, nn.PReLU):
         return module.num_parameters, module.num_parameters
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels, module.num_channels
     assert isinstance(module, Channelwise)  # noqa: S101  callers pass supported layers only
     width: int = module.num_features  # type: ignore[assignment]
     return width, width

@@ -21,6 +21,7 @@ from evosearch.pruning.layers import (
     dimensions,
     is_channelwise,
     is_depthwise,
+    outputs_per_group,
 )
 
 __all__ = ["Positions", "output_positions", "propose"]
@@ -64,7 +65,7 @@ def _join_over_grouped(proposals: list[Proposal], layers: dict[str, nn.Module]) 
         first, second = read[0], written[0]
         del first.ins[name]
         first.granularity = math.lcm(
-            first.granularity, second.granularity, layer.out_channels // layer.groups
+            first.granularity, second.granularity, outputs_per_group(layer) or 1
         )
         if first is not second:
             proposals = [p for p in proposals if p is not second]
@@ -76,6 +77,24 @@ def _join_over_grouped(proposals: list[Proposal], layers: dict[str, nn.Module]) 
         if first.granularity == first.channels:
             first.reason = first.reason or f"{name}: grouped convolution, of which no group can go"
     return proposals
+
+
+def _keep_norms_whole(proposals: Sequence[Proposal], layers: dict[str, nn.Module]) -> None:
+    """Has channels that a group norm normalises together go together."""
+    for proposal in proposals:
+        for name, sources in proposal.outs.items():
+            if not isinstance(layers[name], nn.GroupNorm):
+                continue
+            if not np.array_equal(sources, np.arange(proposal.channels)):
+                proposal.reason = proposal.reason or (
+                    f"{name}: group norm of channels that are mixed with others"
+                )
+                continue
+            proposal.granularity = math.lcm(
+                proposal.granularity, outputs_per_group(layers[name]) or 1
+            )
+            if proposal.granularity == proposal.channels:
+                proposal.reason = proposal.reason or f"{name}: group norm, of which no group can go"
 
 
 def _crooked(
@@ -197,6 +216,7 @@ def propose(module: nn.Module, example: Tensor, positions: Positions) -> list[Pr
     except NetworkError as exc:
         proposals = chains(module, example, str(exc))
     proposals = _join_over_grouped(proposals, layers)
+    _keep_norms_whole(proposals, layers)
     for proposal in proposals:
         producers = [name for name in proposal.outs if name in order]
         if producers:

@@ -91,6 +91,21 @@ class Ghost(nn.Module):
         return logits
 
 
+class Normed(nn.Module):
+    """Two convolutions with a group norm between them, of two channels each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.GroupNorm(4, 8)
+        self.b, self.norm_b = nn.Conv2d(8, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.a(x)))
+        logits: Tensor = self.fc(F.relu(self.norm_b(self.b(x))).mean((2, 3)))
+        return logits
+
+
 class Stream(nn.Module):
     """A residual stream, written by two convolutions with norms and read by two."""
 

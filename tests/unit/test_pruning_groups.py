@@ -178,9 +178,60 @@ def test_network_that_needs_an_even_width_keeps_it() -> None:
     assert "a" in reasons(traced_own(Chain(halves)))
 
 
-def test_group_norm_fixes_its_channels() -> None:
-    norm = nn.GroupNorm(2, 8)
-    assert reasons(traced_own(Chain(norm, norm=norm)))["a"] == "norm: GroupNorm cannot be narrowed"
+@pytest.mark.parametrize("affine", [True, False])
+def test_channels_of_a_group_norm_go_as_it_groups_them(affine: bool) -> None:
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(4, 8, affine=affine)
+    network = own(Chain(norm, norm=norm))
+    plan = trace(network)
+    assert [(g.name, g.granularity) for g in plan.table.groups] == [("a", 2), ("b", 1)]
+    cutter = Cutter(plan, network.module)
+    for counts in ([6, 5], [2, 6], [8, 3]):
+        keep = choose(plan.table, np.array(counts), 0)
+        cut = cutter.cut(keep)
+        assert (cut.norm.num_channels, cut.norm.num_groups) == (counts[0], counts[0] // 2)
+        macs, params = plan.table.costs(np.array([counts]))
+        assert macs.item() == counted_macs(network, cut)
+        assert params.item() == sum(p.numel() for p in cut.parameters())
+        example = network.example(2)
+        wanted = ignoring(network.module, plan, keep)(example.double())
+        torch.testing.assert_close(cut(example).double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_norm_fixes_its_channels() -> None:
+    norm = nn.GroupNorm(1, 8)
+    why = "norm: it normalises all channels together"
+    assert reasons(traced_own(Chain(norm, norm=norm)))["a"] == why
+
+
+def test_group_norm_of_what_is_joined_fixes_its_channels() -> None:
+    class Both(Chain):
+        def forward(self, x: Tensor) -> Any:
+            return self.fc(self.b(self.norm(torch.cat([self.a(x), self.c(x)], 1))).mean((2, 3)))
+
+    parts = {
+        "c": nn.Conv2d(3, 4, 3, padding=1),
+        "b": nn.Conv2d(12, 6, 3),
+        "norm": nn.GroupNorm(3, 12),
+    }
+    assert set(reasons(traced_own(Both(**parts)))) == {"a", "c", "fc"}
+
+
+def test_group_norms_of_a_stream_and_of_its_branch_agree() -> None:
+    class Branched(Chain):
+        def forward(self, x: Tensor) -> Any:
+            x = self.norm(self.a(x))
+            return self.fc((x + self.other(self.b(x))).mean((2, 3)))
+
+    parts = {
+        "norm": nn.GroupNorm(6, 24),
+        "other": nn.GroupNorm(4, 24),
+        "a": nn.Conv2d(3, 24, 3),
+        "b": nn.Conv2d(24, 24, 3, padding=1),
+        "fc": nn.Linear(24, 10),
+    }
+    plan = traced_own(Branched(**parts))
+    assert [(g.name, g.granularity) for g in plan.table.groups] == [("a", 12)]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Channels that go together: of a grouped convolution, and those with a double, as in GhostNet.
+"""Channels that go together: of grouped convolutions and norms, and with doubles, as in GhostNet.
 
 What they ask of criteria, stopwatches, repairs and exports.
 """
@@ -86,10 +86,13 @@ class Case:
     widths: Mapping[str, tuple[int, int]]
 
 
-@pytest.fixture(scope="module", params=["grouped", "doubled"])
+@pytest.fixture(scope="module", params=["grouped", "normed", "doubled"])
 def case(request: pytest.FixtureRequest, traced: Traced, images: tuple[Images, Images]) -> Case:
     if request.param == "grouped":
         return Case(traced, NARROW, {"3.b": (4, 1), "4.b": (12, 3)})
+    if request.param == "normed":
+        normed = warmed("tests.unit.small_networks:Normed", images[0])
+        return Case(normed, Policy((4, 5)), {"a": (4, 1), "b": (5, 1)})
     ghost = warmed("tests.unit.small_networks:Ghost", images[0])
     widths = {"stem": (6, 1), "inner": (4, 1), "few": (3, 1), "twin": (3, 3)}
     return Case(ghost, Policy((3, 4)), widths)
