@@ -27,22 +27,26 @@ __all__ = ["dependencies"]
 
 # No map is flattened into more than a layer reads: beyond, each channel is followed to each token.
 _MOST_TIMES = 4
-# Nor has a group more members than a network has layers (DenseNet-121's largest: a quarter of
-# them). Beyond, sums of slices are followed in circles.
-_MOST_MEMBERS = 1_000
+# Nor has a group more members than this times the graph's nodes (InceptionNeXt: 15 times): beyond,
+# sums of slices are followed in circles.
+_MOST_MEMBERS = 20
+
+_ROOTS = nn.Linear | nn.modules.conv._ConvNd
 
 
 @contextlib.contextmanager
-def _adapted(module: nn.Module) -> Iterator[None]:
+def _adapted(module: nn.Module, graph: Any) -> Iterator[None]:
     """Has the graph give up where it would follow channels for ever, and forget no channel.
 
     It does so by private classes: where a later version lacks one of them, it is as it comes.
     """
-    from torch_pruning.dependency import group, index_mapping
-
+    try:
+        from torch_pruning.dependency import group, index_mapping
+    except ImportError:
+        yield
+        return
     widths = (dimensions(m) for m in module.modules() if isinstance(m, nn.Linear | Convolution))
     most = _MOST_TIMES * max((max(pair) for pair in widths), default=1)
-    members = max(_MOST_MEMBERS, len(list(module.modules())))
 
     def flattened(plain: Any, self: Any, indices: Any) -> Any:
         found = plain(self, indices)
@@ -52,7 +56,7 @@ def _adapted(module: nn.Module) -> Iterator[None]:
 
     def added(plain: Any, self: Any, dep: Any, idxs: Any) -> None:
         plain(self, dep, idxs)
-        if len(self) > members:
+        if len(self) > _MOST_MEMBERS * len(graph.module2node):
             raise OverflowError("a channel is followed in circles")
 
     def merged(_plain: Any, self: Any, dep: Any, idxs: Any) -> None:
@@ -66,8 +70,8 @@ def _adapted(module: nn.Module) -> Iterator[None]:
 
     with (
         _replaced(getattr(index_mapping, "_FlattenIndexMapping", None), "__call__", flattened),
-        _replaced(group.Group, "add_dep", added),
-        _replaced(group.Group, "add_and_merge", merged),
+        _replaced(getattr(group, "Group", None), "add_dep", added),
+        _replaced(getattr(group, "Group", None), "add_and_merge", merged),
     ):
         yield
 
@@ -105,6 +109,10 @@ def dependencies(module: nn.Module, example: Tensor) -> list[Proposal]:
         module: In evaluation mode, all parameters requiring gradients.
         example: An input.
 
+    Returns:
+        A proposal for each layer whose channels no other one has; with a reason if Torch-Pruning
+        cannot follow them.
+
     Raises:
         NetworkError: Torch-Pruning cannot follow the network.
     """
@@ -112,13 +120,33 @@ def dependencies(module: nn.Module, example: Tensor) -> list[Proposal]:
 
     graph = tp.DependencyGraph()
     names = {part: name for name, part in module.named_modules()}
-    with warnings.catch_warnings(), torch.enable_grad(), _adapted(module), _hooks_kept(module):
+    found: list[Proposal] = []
+    covered: set[str] = set()
+    with (
+        warnings.catch_warnings(),
+        torch.enable_grad(),
+        _adapted(module, graph),
+        _hooks_kept(module),
+    ):
         warnings.simplefilter("ignore")
         try:
             graph.build_dependency(module, (example,), verbose=False)
-            return [_candidate(graph, group, names) for group in graph.get_all_groups()]
         except Exception as exc:  # a user's network may do anything while it is traced
             raise NetworkError(f"Torch-Pruning cannot follow this network: {exc!r}") from exc
+        for root in graph.module2node:
+            pruner = graph.get_pruner_of_module(root)
+            if not isinstance(root, _ROOTS) or pruner is None or names[root] in covered:
+                continue
+            width = pruner.get_out_channels(root)
+            try:
+                group = graph.get_pruning_group(root, pruner.prune_out_channels, [*range(width)])
+                found.append(_candidate(graph, group, names))
+            except Exception as exc:  # noqa: BLE001  likewise
+                reason = f"Torch-Pruning cannot follow its channels: {exc!r}"
+                outs = {names[root]: np.arange(width)}
+                found.append(Proposal(names[root], width, outs=outs, reason=reason, lost=True))
+            covered |= found[-1].outs.keys()
+    return found
 
 
 def _candidate(graph: object, group: object, names: dict[nn.Module, str]) -> Proposal:

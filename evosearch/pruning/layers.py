@@ -28,7 +28,17 @@ Channelwise = (
 
 @dataclass
 class Proposal:
-    """Channels that might have to go together: which indices of which layer follow which."""
+    """Channels that might have to go together: which indices of which layer follow which.
+
+    Args:
+        name: Of a layer that writes them.
+        channels: How many there are.
+        granularity: So many next to each other go or stay.
+        outs, ins: By layer that writes, or reads, them: for each of its channels which one that is,
+            or -1.
+        reason: Why they cannot be cut.
+        lost: Where else they go is not known.
+    """
 
     name: str
     channels: int
@@ -36,6 +46,7 @@ class Proposal:
     outs: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     ins: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     reason: str | None = None
+    lost: bool = False
 
 
 def is_channelwise(module: nn.Module) -> bool:

@@ -215,6 +215,9 @@ def propose(module: nn.Module, example: Tensor, positions: Positions) -> list[Pr
         proposals = dependencies(module, example)
     except NetworkError as exc:
         proposals = chains(module, example, str(exc))
+    if any(proposal.lost for proposal in proposals):
+        chained = {p.name: p for p in chains(module, example, "") if p.reason is None}
+        proposals = [chained.get(p.name, p) if p.lost else p for p in proposals]
     proposals = _join_over_grouped(proposals, layers)
     _keep_norms_whole(proposals, layers)
     for proposal in proposals:

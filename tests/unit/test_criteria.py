@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evosearch.errors import ConfigError, DataError, NetworkError
@@ -351,6 +351,26 @@ def test_filters_of_a_channel_and_of_its_double_both_count() -> None:
     wanted = torch.stack([stem[:4], stem[4:], single, module.twin.weight.abs().sum((1, 2, 3))])
     found = part(traced, "stem", scores_of(traced, "l1", coupling="max"))
     np.testing.assert_allclose(found, wanted.detach().amax(0), rtol=1e-6)
+
+
+def test_norm_behind_a_flatten_says_nothing_of_channels() -> None:
+    class Flattened(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm_b, self.norm_flat = nn.BatchNorm2d(5), nn.BatchNorm1d(45)
+            self.norm_hidden = nn.BatchNorm1d(20)
+            nn.init.uniform_(self.norm_flat.weight, 0.5, 1.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.norm_b(self.b(F.relu(self.norm(self.a(x))))))
+            hidden = self.norm_hidden(self.hidden(self.norm_flat(x.flatten(1))))
+            logits: Tensor = self.fc(F.relu(hidden))
+            return logits
+
+    torch.manual_seed(0)
+    traced = own(uneven(Flattened()))
+    scale = traced[0].module.norm_b.weight.detach()
+    np.testing.assert_allclose(part(traced, "b", scores_of(traced, "bn-scale")), scale, rtol=1e-6)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -137,20 +137,22 @@ def group_views(
         producers: list[Tensor] = []
         scales: list[Tensor] = []
         consumers: list[Consumer] = []
-        for entry in plan.cuts:
-            layer = layers[entry.name]
-            if isinstance(layer, Norm) and layer.affine and entry.out_axis is not None:
-                found = _places(table.axes[entry.out_axis].sources, first, group.channels)
-                if found:
-                    places[entry.name] = found
-                    scale = layer.weight.detach().double()
-                    scales.extend(scale[where] for where in found)
         for name in group.producers:
             out_axis = cuts[name].out_axis
             assert out_axis is not None  # noqa: S101  producers are cut along their outputs
             weight = layers[name].weight.detach().double()
             places[name] = _places(table.axes[out_axis].sources, first, group.channels)
             producers.extend(weight[where].flatten(1) for where in places[name])
+        # Behind a flatten a norm has a scale for each position, which says little of a channel.
+        most = max((len(where) for where in places.values()), default=1)
+        for entry in plan.cuts:
+            layer = layers[entry.name]
+            if isinstance(layer, Norm) and layer.affine and entry.out_axis is not None:
+                found = _places(table.axes[entry.out_axis].sources, first, group.channels)
+                if 0 < len(found) <= most:
+                    places[entry.name] = found
+                    scale = layer.weight.detach().double()
+                    scales.extend(scale[where] for where in found)
         columns: dict[str, tuple[Tensor, ...]] = {}
         for name in group.consumers:
             in_axis = cuts[name].in_axis
