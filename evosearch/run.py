@@ -201,7 +201,10 @@ def resume(
         recorded = read_facts(ledger)
         recipe = recorded.recipe
         _check_unchanged(recipe, directory)
-        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=run_options or {})})
+        options = dict(run_options or {})
+        if options.get("workers") == 0:
+            options.setdefault("ray_address", None)  # of no use without workers
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=options)})
         before = recorded.evaluations
         if evaluations is not None and evaluations < before:
             raise ConfigError(

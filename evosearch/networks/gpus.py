@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +15,32 @@ __all__ = ["check_alive", "like_a_cpu", "on_cpu", "sent"]
 
 @contextlib.contextmanager
 def like_a_cpu(device: str | torch.device) -> Iterator[None]:
-    """Has convolutions on a GPU give equal numbers for equal work, float32 with all its digits.
+    """Has layers on a GPU give equal numbers for equal work, float32 with all its digits.
 
     Left alone, cuDNN adds up gradients of weights in whatever order threads end, and rounds the
-    factors of float32 convolutions to ten bits (TF32). Products of matrices are exact as they come.
+    factors of float32 convolutions to ten bits (TF32); so do products of matrices where somebody
+    has asked for it. Gradients of pooling are still summed in any order.
     """
     if torch.device(device).type != "cuda":
         yield
         return
-    with torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    ):
+    cudnn: Any = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    wanted: tuple[tuple[Any, str, Any], ...] = (
+        (cudnn, "deterministic", True),
+        (cudnn, "benchmark", False),
+        # Not by `allow_tf32`, which fails where a user has set these.
+        (cudnn.conv, "fp32_precision", "ieee"),
+        (matmul, "fp32_precision", "ieee"),
+    )
+    before = [getattr(where, name) for where, name, _ in wanted]
+    try:
+        for where, name, value in wanted:
+            setattr(where, name, value)
         yield
+    finally:
+        for (where, name, _), value in zip(wanted, before, strict=True):
+            setattr(where, name, value)
 
 
 def check_alive(device: str | torch.device) -> None:

@@ -107,7 +107,9 @@ def _workload(assembled: Assembled, preparation: Preparation) -> Workload:
 class NetworkWriter:
     """Prepares and writes one network after another of a run.
 
-    Its `recipe`, `dense` network and the digest of that one's `weights` are the run's.
+    Its `recipe`, `dense` network and the digest of that one's `weights` are the run's. Networks are
+    measured `anew` if they are prepared in another way than in the search, or where that was on a
+    GPU that is not here: fits on a CPU and on a GPU agree to some digits, and so do the networks.
 
     Args:
         run: Directory of the run.
@@ -133,13 +135,14 @@ class NetworkWriter:
         wanted = recorded.recipe.run.gpus_per_worker
         device = local_device(wanted)
         self._scorer = Scorer(workload, device)
-        # Fits on a CPU and on a GPU agree to some digits, and so do the networks.
         self._elsewhere = wanted > 0 and device == "cpu"
+        self.anew = self._elsewhere or bool(preparation)
 
     @property
     def prepared(self) -> str:
         """How networks are prepared, in words."""
-        return str(self._preparation) or "as in the search"
+        searched = "as in the search, but on a CPU" if self._elsewhere else "as in the search"
+        return str(self._preparation) or searched
 
     def described(self, row: Row) -> str:
         """A network of that policy, in words: what was cut, and what is left of its costs."""
@@ -163,14 +166,13 @@ class NetworkWriter:
     def prepare(self, row: Row) -> tuple[Network, Mapping[str, float]]:
         """The network of a measured policy, and its metrics on the validation images.
 
-        It is valid until the next call, and on the CPU. It is measured again if it is prepared in
-        another way than it was in the search, or where that was on a GPU that is not here.
+        It is valid until the next call, and on the CPU.
 
         Raises:
             ConfigError: It cannot be prepared like that.
         """
         self.check(row)
-        if not self._preparation and not self._elsewhere:
+        if not self.anew:
             module = self._scorer.network_of(row.policy)
             network = replace(self.dense, module=on_cpu(module))
             return network, {name: row.values[name] for name in METRICS}
@@ -286,7 +288,7 @@ def export_front(
         prepared.append(writer.write(row, file))
         _remove(folder / INDEX)
         told(f"{count} of {len(results.front)}: {file}")
-    index = _index(results, suffix, writer.prepared, prepared if preparation else [])
+    index = _index(results, suffix, writer.prepared, prepared if writer.anew else [])
     export(index, folder / INDEX)
     least = "" if results.feasible else ", the least violating ones, as none is feasible"
     return f"{folder}: {len(results.front)} networks of the front{least}, and {INDEX}"

@@ -4,7 +4,10 @@ import torch
 
 from evosearch.errors import BackendError, ConfigError
 
-__all__ = ["check_devices", "gpus_here", "local_device", "use_gpu_of"]
+__all__ = ["check_devices", "gpus_here", "keep_to_share", "local_device", "use_gpu_of"]
+
+# The rest is for what a process takes of a GPU before it makes a tensor.
+_OF_ITS_SHARE = 0.9
 
 
 def check_devices(workers: int, gpus_per_worker: float, ray_address: str | None) -> None:
@@ -70,6 +73,16 @@ def use_gpu_of(worker: int, share: float) -> None:
         )
     place = worker // int(1 / share) if share < 1 else worker * int(share)
     torch.cuda.set_device(place % count)
+    keep_to_share(share)
+
+
+def keep_to_share(share: float) -> None:
+    """Has this process take no more memory than its share of a GPU.
+
+    What one process has cached there is free memory to none of the others.
+    """
+    if 0 < share < 1 and gpus_here():
+        torch.cuda.set_per_process_memory_fraction(_OF_ITS_SHARE * share)
 
 
 def local_device(gpus_per_worker: float) -> str:

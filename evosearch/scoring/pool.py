@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from evosearch.errors import BackendError, ConfigError, WorkerLost
 from evosearch.measurement import Measurement
 from evosearch.policy import Policy
-from evosearch.scoring.devices import gpus_here
+from evosearch.scoring.devices import gpus_here, keep_to_share
 from evosearch.scoring.dispatch import Dispatcher, Record, Stop
 from evosearch.scoring.racing import NO_RACES, Race, Races
 from evosearch.scoring.scorer import Scorer
@@ -161,7 +161,7 @@ class RayTransport:
         try:
             measurement: Measurement | None = self._ray.get(handle)  # type: ignore[call-overload]
         except self._ray.exceptions.RayError as exc:
-            raise WorkerLost(str(exc).strip().splitlines()[0]) from exc
+            raise WorkerLost(_told(exc)) from exc
         return measurement
 
     def replace(self, worker: int) -> Hashable:
@@ -302,9 +302,7 @@ def _remote_scorer(ray: Any, settings: PoolSettings) -> Any:
             import torch
 
             torch.set_num_threads(1)
-            if 0 < settings.gpus_per_worker < 1:
-                # What one of them has cached is free memory to none of the others.
-                torch.cuda.set_per_process_memory_fraction(settings.gpus_per_worker)
+            keep_to_share(settings.gpus_per_worker)
             self._scorer = Scorer(workload, device)
 
         def ready(self) -> None:

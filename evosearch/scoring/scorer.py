@@ -40,8 +40,9 @@ Answers = tuple[Tensor, Tensor]
 
 _MAX_REASON = 300
 _STATISTICS = ("running_mean", "running_var")
-# Normalised images beyond this size are made anew for every policy.
-_MAX_KEPT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
+# Normalised images beyond this size are made anew for every policy. Scorers may share a GPU.
+_MAX_KEPT_BYTES = 1 << 28
+_MAX_KEPT_SHARE = 1 / 64
 # A CPU, and the libraries of a GPU, say so in words only.
 _SHORT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
 
@@ -61,7 +62,7 @@ def _check_runs(network: Network, device: str) -> None:
     """
     try:
         network.module(network.example(2).to(device))
-    except (RuntimeError, NotImplementedError) as exc:
+    except (RuntimeError, TypeError) as exc:
         if out_of_memory(exc):
             raise
         first = (str(exc).strip().splitlines() or [repr(exc)])[0]
@@ -69,6 +70,13 @@ def _check_runs(network: Network, device: str) -> None:
             f"{network.spec.name} does not run on {device} ({first}); make tensors that its "
             "forward needs buffers, or on the device of its input, or leave out run.gpus_per_worker"
         ) from exc
+
+
+def _most_kept(device: str) -> int:
+    """So many bytes of images may stay on a device, of each part."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return _MAX_KEPT_BYTES
+    return max(_MAX_KEPT_BYTES, int(_MAX_KEPT_SHARE * torch.cuda.mem_get_info()[1]))
 
 
 def _means(values: Mapping[str, Tensor]) -> dict[str, float]:
@@ -159,6 +167,7 @@ class Scorer:
         self._batch_size = self.settings.batch_size
         self._together = self.settings.together
         self._fitting_images: Tensor | None = None
+        self._most_kept = _most_kept(device)
         self._kept_inputs: dict[tuple[str, int], list[Tensor]] = {}
 
     def keep(self, policy: Policy) -> NDArray[np.bool_]:
@@ -263,7 +272,7 @@ class Scorer:
         size = self._together if at_least else self._batch_size
         dtype, device = self._measured.dtype, self._device
         parts = batches(self._network, images, size, at_least=at_least, device=device)
-        if images.pixels.nbytes * dtype.itemsize > _MAX_KEPT_BYTES[device]:
+        if images.pixels.nbytes * dtype.itemsize > self._most_kept:
             return parts
         key = (f"{part} {len(images)}", size)
         if key not in self._kept_inputs:
@@ -399,8 +408,9 @@ class Scorer:
     def _attempt_smaller(self, policy: Policy, race: Race | None) -> dict[str, Any]:
         before = self._batch_size, self._together
         self._batch_size, self._together = (max(1, size // 2) for size in before)
-        # Images in parts of another size would come on top of them.
+        # Memory is what is short, from now on.
         self._kept_inputs.clear()
+        self._most_kept = 0
         try:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

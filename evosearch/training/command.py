@@ -69,7 +69,7 @@ def check_result(file: Path, named: str) -> None:
 def how_trained(settings: TrainSettings) -> dict[str, Any]:
     """What a record says of how something was trained, beside what it was."""
     return {
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "threads": settings.threads or torch.get_num_threads()},
         "command": shlex.join(["evosearch", *sys.argv[1:]]),
         "torch": torch.__version__,
     }

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
@@ -250,6 +252,10 @@ def test_a_run_of_a_gpu_goes_on_and_exports_without_one(
     (found,) = measured
     with safe_open("small.safetensors", "pt") as file:
         assert float(file.metadata()["validation_error"]) == found.metrics["error"]
+    export_file(Path("run"), Path("networks"), Choice())
+    table = pd.read_csv("networks/networks.csv")
+    assert set(table.prepared) == {"as in the search, but on a CPU"}
+    np.testing.assert_allclose(table["prepared:error"], table.error)
 
 
 @pytest.mark.usefixtures("no_gpu")

@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ def stopped(cli: Cli, checkpoint: Path, how: signal.Signals, code: int, *argumen
     """Starts a training, stops it after an epoch of its own, and returns what it said."""
     before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
     process = cli.start(*arguments)
-    while process.poll() is None and (
-        not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before
-    ):
+    while process.poll() is None:
+        with suppress(FileNotFoundError):
+            if checkpoint.stat().st_mtime_ns != before:
+                break
         time.sleep(0.02)
     process.send_signal(how)
     _, err = process.communicate()
@@ -65,6 +67,7 @@ def test_a_network_of_a_run_is_fine_tuned_and_loads(cli: Cli, run: Path) -> None
     assert record["policy"].startswith(policy)
     assert record["start"] == "as in the search"
     assert record["settings"]["distillation"] == 0.9
+    assert record["settings"]["threads"] >= 1
     assert record["training_images"] == 1000
     log = pd.read_csv(cli.folder / "fine" / "small.log.csv")
     assert list(log.epoch) == [1, 2, 3]

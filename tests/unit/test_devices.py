@@ -71,9 +71,12 @@ def test_workers_without_ray_are_spread_over_the_gpus(
     gpus(monkeypatch, count)
     found: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    most: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", most.append)
     for worker in range(4):
         use_gpu_of(worker, share)
     assert found == places
+    assert most == ([pytest.approx(0.9 * share)] * 4 if share < 1 else [])
 
 
 def test_fine_tuning_on_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

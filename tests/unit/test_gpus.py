@@ -1,5 +1,8 @@
 """What computing on a GPU takes, as far as it can be shown without one."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -8,9 +11,12 @@ from evosearch.errors import BackendError
 from evosearch.networks import check_alive, like_a_cpu, on_cpu, sent
 
 
-def flags() -> tuple[bool, bool, bool]:
-    cudnn = torch.backends.cudnn
-    return cudnn.deterministic, cudnn.allow_tf32, cudnn.benchmark
+def flags() -> tuple[bool, bool, str, str]:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return (
+        *(cudnn.deterministic, cudnn.benchmark),
+        *(cudnn.conv.fp32_precision, matmul.fp32_precision),
+    )
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda")])
@@ -27,8 +33,34 @@ def test_convolutions_on_a_gpu_are_exact_and_repeatable_meanwhile(
     before = flags()
     with pytest.raises(RuntimeError, match="boom"):
         failing()
-    assert seen == [(True, False, False)]
+    assert seen == [(True, False, "ieee", "ieee")]
     assert flags() == before
+
+
+TF32 = """
+import torch
+{}
+from evosearch.networks import like_a_cpu
+for _ in range(2):
+    with like_a_cpu("cuda"):
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+"""
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        'torch.backends.fp32_precision = "tf32"',
+        'torch.backends.cudnn.conv.fp32_precision = "ieee"',
+        "torch.backends.cudnn.allow_tf32 = False",
+        'torch.set_float32_matmul_precision("high")',
+    ],
+)
+def test_whatever_a_user_has_asked_of_their_gpu(setting: str) -> None:
+    # In a process of its own: torch refuses to be asked in the old and the new way.
+    run = [sys.executable, "-W", "error", "-c", TF32.format(setting)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_on_a_cpu_nothing_is_switched() -> None:
