@@ -67,12 +67,19 @@ class RunFacts(BaseModel):
     """Genomes that rankings of channels gave; none in runs of before there were any."""
     losses: tuple[tuple[float, ...], ...] = ()
     """By group and kept channels, what the first ranking has it lose; none in runs of before."""
+    resumed_on_gpus: float = 0.0
+    """Share of one for each scorer, where the run was resumed on GPUs."""
     evaluations: Count
     """The budget: distinct policies to measure."""
     state: Literal["running", "interrupted", "finished"]
     """As its process left it."""
     reason: str = ""
     """Why the search ended."""
+
+    @property
+    def gpus_per_worker(self) -> float:
+        """Share of a GPU for each scorer, of those that measured what was measured on one."""
+        return self.recipe.run.gpus_per_worker or self.resumed_on_gpus
 
     @property
     def criteria_names(self) -> tuple[str, ...]:

@@ -215,6 +215,8 @@ def resume(
         assembled = assemble_again(recorded, recipe, directory)
         _announce(assembled, observer)
         ledger.set_meta("evaluations", evaluations or before)
+        if recipe.run.gpus_per_worker > 0:
+            ledger.set_meta("resumed_on_gpus", recipe.run.gpus_per_worker)
         ledger.set_meta("state", "running")
         return _drive(assembled, ledger, directory, observer)
 

@@ -132,7 +132,7 @@ class NetworkWriter:
         self.recipe = recorded.recipe
         self.weights = recorded.weights
         self.dense = workload.network()
-        wanted = recorded.recipe.run.gpus_per_worker
+        wanted = recorded.gpus_per_worker
         device = local_device(wanted)
         self._scorer = Scorer(workload, device)
         self._elsewhere = wanted > 0 and device == "cpu"

@@ -259,6 +259,16 @@ def test_a_run_of_a_gpu_goes_on_and_exports_without_one(
 
 
 @pytest.mark.usefixtures("no_gpu")
+def test_a_run_that_was_resumed_on_a_gpu_is_measured_anew_without_one(start: Start) -> None:
+    start()
+    with Ledger.open(Path("run"), write=True) as ledger:
+        ledger.set_meta("resumed_on_gpus", 0.5)
+    export_file(Path("run"), Path("networks"), Choice())
+    table = pd.read_csv("networks/networks.csv")
+    assert set(table.prepared) == {"as in the search, but on a CPU"}
+
+
+@pytest.mark.usefixtures("no_gpu")
 def test_precision_of_a_cluster_that_is_not_seen_is_asked_for(start: Start) -> None:
     joined = ("run.workers=2", "run.gpus_per_worker=1", "run.ray_address=10.0.0.1:6379")
     with pytest.raises(ConfigError, match=r"proxy.precision: .* set it to bfloat16"):
