@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from evosearch.errors import NetworkError
@@ -199,6 +197,11 @@ def _inseparable(places: Sequence[NDArray[np.int64]], width: int) -> tuple[int, 
         same = np.diff(indices[order]) == 0
         bonds.append(np.stack([channels[order][:-1][same], channels[order][1:][same]]))
     start, end = np.concatenate(bonds, axis=1)
+    if not len(start):
+        return width, np.arange(width)
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_array((np.ones(len(start)), (start, end)), shape=(width, width))
     count, numbers = connected_components(graph, directed=False)
     return int(count), numbers.astype(np.int64)
