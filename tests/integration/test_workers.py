@@ -74,7 +74,7 @@ def test_an_existing_cluster_can_be_joined(cli: Cli, recipe: Callable[..., str])
         options = ("--evaluations", "6", "--set", "search.baseline=0", "--workers", "2")
         cli.run("launch", recipe(), "--out", "joined", "--ray-address", address, *options)
         # The cluster is not ours: it must be there for the next one, too.
-        cli.run("resume", "joined", "--evaluations", "10", "--ray-address", address)
+        cli.here("resume", "joined", "--evaluations", "10", "--ray-address", address)
     finally:
         for process in (*cluster.children(recursive=True), cluster):
             process.kill()
