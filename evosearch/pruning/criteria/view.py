@@ -111,6 +111,21 @@ def _places(sources: NDArray[np.int64], first: int, n: int) -> tuple[Tensor, ...
     return tuple(torch.from_numpy(ordered.reshape(n, -1).T.copy()))
 
 
+def _written_at(
+    plan: CuttingPlan, layers: Mapping[str, nn.Module], group: Group, first: int
+) -> dict[str, tuple[Tensor, ...]]:
+    """Where producers of a group, and its norms with scales, have its channels."""
+    axes = {entry.name: entry.out_axis for entry in plan.cuts if entry.out_axis is not None}
+    norms = [name for name in axes if isinstance(layers[name], Norm) and layers[name].affine]
+    found = {
+        name: _places(plan.table.axes[axes[name]].sources, first, group.channels)
+        for name in (*norms, *group.producers)
+    }
+    # Behind a flatten a norm has a scale for each position, which says little of a channel.
+    most = max(len(found[name]) for name in group.producers)
+    return {name: places for name, places in found.items() if 0 < len(places) <= most}
+
+
 def group_views(
     module: nn.Module,
     plan: CuttingPlan,
@@ -133,26 +148,18 @@ def group_views(
     read: dict[str, tuple[Tensor, Tensor | None, dict[str, Tensor]]] = {}
     views = []
     for group, first in zip(table.groups, map(int, table.offsets), strict=True):
-        places: dict[str, tuple[Tensor, ...]] = {}
-        producers: list[Tensor] = []
-        scales: list[Tensor] = []
-        consumers: list[Consumer] = []
-        for name in group.producers:
-            out_axis = cuts[name].out_axis
-            assert out_axis is not None  # noqa: S101  producers are cut along their outputs
-            weight = layers[name].weight.detach().double()
-            places[name] = _places(table.axes[out_axis].sources, first, group.channels)
-            producers.extend(weight[where].flatten(1) for where in places[name])
-        # Behind a flatten a norm has a scale for each position, which says little of a channel.
-        most = max((len(where) for where in places.values()), default=1)
-        for entry in plan.cuts:
-            layer = layers[entry.name]
-            if isinstance(layer, Norm) and layer.affine and entry.out_axis is not None:
-                found = _places(table.axes[entry.out_axis].sources, first, group.channels)
-                if 0 < len(found) <= most:
-                    places[entry.name] = found
-                    scale = layer.weight.detach().double()
-                    scales.extend(scale[where] for where in found)
+        places = _written_at(plan, layers, group, first)
+        weights = {name: layers[name].weight.detach().double() for name in places}
+        filters = [
+            weights[name][where].flatten(1) for name in group.producers for where in places[name]
+        ]
+        scales = [
+            weights[name][where]
+            for name, found in places.items()
+            if name not in group.producers
+            for where in found
+        ]
+        consumers = []
         columns: dict[str, tuple[Tensor, ...]] = {}
         for name in group.consumers:
             in_axis = cuts[name].in_axis
@@ -177,6 +184,6 @@ def group_views(
             for kind, by_layer in kinds.items()
         }
         views.append(
-            GroupView(group, tuple(producers), tuple(scales), tuple(consumers), seen, coupling)
+            GroupView(group, tuple(filters), tuple(scales), tuple(consumers), seen, coupling)
         )
     return views
