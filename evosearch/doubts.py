@@ -5,12 +5,13 @@ from evosearch.recipe import Recipe
 from evosearch.scoring.objectives import Goals, worst_metrics
 from evosearch.scoring.workload import Workload, settled_precision
 
-__all__ = ["doubts_about"]
+__all__ = ["doubts_about", "few_images"]
 
 # Share of the way from guessing to certainty below which a network seems not to know its images.
 _CLEARLY_ABOVE = 0.1
-# Fewer images order policies less well by outputs than by feature maps (docs/fidelity.md).
-_FEW_FOR_OUTPUTS = 256
+# So few images order policies by distortion about as well as a thousand; by outputs it takes more
+# than by feature maps (docs/fidelity.md).
+_FEW_FOR_MAPS, _FEW_FOR_OUTPUTS = 64, 256
 # Relative errors of foreseen latencies beyond this are told.
 _UNSURE = 0.1
 
@@ -33,6 +34,11 @@ def doubts_about(recipe: Recipe, goals: Goals, workload: Workload, dense_error: 
     ]
 
 
+def few_images(workload: Workload) -> int:
+    """How many validation images tell policies apart by distortion."""
+    return _FEW_FOR_OUTPUTS if workload.features.layer is None else _FEW_FOR_MAPS
+
+
 def _about_network(workload: Workload, dense_error: float) -> list[str]:
     chance = 1 - worst_metrics(workload.dense_logits)["error"]
     right = 1 - dense_error
@@ -48,7 +54,7 @@ def _about_network(workload: Workload, dense_error: float) -> list[str]:
 def _about_distortion(goals: Goals, workload: Workload) -> list[str]:
     count = len(workload.validation)
     compares_outputs = "distortion" in goals.objectives and workload.features.layer is None
-    if not compares_outputs or count >= _FEW_FOR_OUTPUTS:
+    if not compares_outputs or count >= few_images(workload):
         return []
     return [
         f"{count} validation images are few for distortion, which compares outputs here: "

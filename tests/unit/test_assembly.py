@@ -1,7 +1,7 @@
 """Names become objects that fit together, or a sentence says which field does not."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,24 @@ def test_profile_shows_the_costs_that_a_projection_leaves() -> None:
     by_weights = {"measure": f"{__name__}:seconds_by_weights"}
     found = profile(recipe(space={"project_onto": {"macs": 0.5}}, latency=by_weights))
     assert 0.4 < found.lowest["macs"] <= found.highest["macs"] <= 0.5
+
+
+def test_profile_of_a_long_search_tells_what_would_be_quicker() -> None:
+    by_weights = {"measure": f"{__name__}:seconds_by_weights"}
+
+    def told(objectives: Sequence[str], evaluations: int, **data: int) -> str | None:
+        wanted = {"objectives": list(objectives), "evaluations": evaluations}
+        proxy = {"name": "reconstructed"}
+        asked = recipe(search=wanted, latency=by_weights, data=data, proxy=proxy)
+        return profile(asked).quicker
+
+    layers = "--set proxy.reconstruction_images=64 --set proxy.reconstruction_layers=cut"
+    distortion = ("distortion", "macs")
+    # Outputs stand for the last maps of this network, which takes more images.
+    assert told(distortion, 10**7, validation=300) == f"--set data.validation=256 {layers}"
+    assert told(distortion, 10**7, validation=64) == layers
+    assert told(distortion, 20) is None
+    assert told(("error", "macs"), 10**7) is None
 
 
 def test_profile_tells_how_fast_the_network_can_become() -> None:
