@@ -24,15 +24,17 @@ def total_violation(violations: FloatArray) -> FloatArray:
     return np.asarray(np.maximum(violations, 0.0).sum(axis=1))
 
 
-def _dominated_by(objectives: FloatArray, violation: FloatArray) -> BoolArray:
-    """`(n, n)` boolean: entry [i, j] says that i dominates j under constrained domination."""
-    no_worse = (objectives[:, None] <= objectives[None]).all(axis=2)
-    better = (objectives[:, None] < objectives[None]).any(axis=2)
-    feasible = violation <= 0
-    both = feasible[:, None] & feasible[None]
-    return np.asarray(
-        np.where(both, no_worse & better, violation[:, None] < violation[None]), dtype=np.bool_
+def _placed(objectives: FloatArray) -> tuple[FloatArray, NDArray[np.intp]]:
+    """Distinct points `(m, n_objectives)` by places, and which of them each row is, `(n,)`.
+
+    Places instead of values: domination is the same, and moocore never sees an infinity. Distinct
+    points, so that duplicates cannot hide each other.
+    """
+    places = np.stack(
+        [np.unique(column, return_inverse=True)[1].ravel() for column in objectives.T], axis=1
     )
+    unique, inverse = np.unique(places, axis=0, return_inverse=True)
+    return unique.astype(np.float64), inverse.ravel()
 
 
 def front_mask(objectives: FloatArray, violations: FloatArray | None = None) -> BoolArray:
@@ -55,14 +57,8 @@ def front_mask(objectives: FloatArray, violations: FloatArray | None = None) -> 
         return mask
     import moocore
 
-    # Places instead of values: domination is the same, and moocore never sees an infinity. Unique
-    # points, so that duplicates cannot hide each other.
-    places = np.stack(
-        [np.unique(column, return_inverse=True)[1].ravel() for column in objectives[rows].T], axis=1
-    )
-    unique, inverse = np.unique(places, axis=0, return_inverse=True)
-    kept = np.asarray(moocore.is_nondominated(unique.astype(np.float64)), dtype=np.bool_)
-    mask[rows] = kept[inverse.ravel()]
+    unique, inverse = _placed(objectives[rows])
+    mask[rows] = np.asarray(moocore.is_nondominated(unique), dtype=np.bool_)[inverse]
     return mask
 
 
@@ -77,14 +73,17 @@ def ranks(objectives: FloatArray, violations: FloatArray) -> NDArray[np.int64]:
         `(n,)` int64. A feasible point outranks every infeasible one; infeasible ones are ranked
         by their total violation.
     """
-    dominates = _dominated_by(objectives, total_violation(violations))
-    rank = np.full(len(objectives), -1, dtype=np.int64)
-    level = 0
-    while (rank < 0).any():
-        open_rows = rank < 0
-        front = open_rows & ~(dominates & open_rows[:, None]).any(axis=0)
-        rank[front] = level
-        level += 1
+    violation = total_violation(violations)
+    feasible = violation <= 0
+    rank = np.zeros(len(objectives), dtype=np.int64)
+    below = 0
+    if feasible.any():
+        import moocore
+
+        unique, inverse = _placed(objectives[feasible])
+        rank[feasible] = np.asarray(moocore.pareto_rank(unique))[inverse]
+        below = int(rank[feasible].max()) + 1
+    rank[~feasible] = below + np.unique(violation[~feasible], return_inverse=True)[1]
     return rank
 
 
