@@ -1,6 +1,5 @@
 """From a journal to findings: every predictor beside every truth, set by set."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from evosearch.fidelity.statistics import (
     Correlation,
     Finding,
     Learned,
+    ceiling,
     correlate,
     cross_validate,
 )
@@ -68,9 +68,10 @@ class Comparison:
         groups: Names of the groups, in the order of policies.
         rows: Every policy of every set.
         findings: Every predictor against every truth.
-        reliability: By set and truth, the order of one half of the repetitions against the other:
-            no predictor can be expected to do better.
-        models: Fitted on all policies of the first set, by predictor and truth, for use elsewhere.
+        reliability: By set and truth, the order of one half of the repetitions against the other;
+            see `ceiling` for what that leaves a predictor of their mean.
+        models: Fitted on all policies of the first set that has enough of them, by predictor and
+            truth, for use elsewhere.
         failures: Sentences on what could not be scored or fine-tuned.
     """
 
@@ -115,11 +116,12 @@ class Comparison:
         missing = sum(not row.truth for row in rows)
         if missing:
             lines.append(f"not yet fine-tuned {missing} of {len(rows)} policies")
-        ceiling = self.reliability.get((policies, self.truths[0]))
-        if ceiling is not None:
+        found = self.reliability.get((policies, self.truths[0]))
+        if found is not None:
             lines.append(
-                f"ceiling            tau {ceiling.tau:.3f} ({ceiling.tau_low:.2f} to "
-                f"{ceiling.tau_high:.2f}) between repetitions of the truth"
+                f"ceiling            tau {ceiling(found.tau):.3f} ({ceiling(found.tau_low):.2f} to "
+                f"{ceiling(found.tau_high):.2f}) for a perfect predictor: repetitions of the truth "
+                f"agree to {found.tau:.3f}"
             )
         return lines
 
@@ -150,19 +152,19 @@ def compare(
     reliability: dict[tuple[str, str], Correlation] = {}
     models: dict[tuple[str, str], Mapping[str, Any]] = {}
     for truth in [f"{part}.{number}" for part in parts for number in ("error", "loss")]:
-        fitted: dict[str, Learned] = {}
+        fits: list[_Fit] = []
         for name in sets:
             chosen = [row for row in rows if row.policies == name and truth in row.truth]
             if len(chosen) < _FEWEST_TO_COMPARE:
                 continue
             group = _Group(name, truth, tuple(chosen), tuple(variants), table, seed)
             findings += group.plain()
-            findings += group.transferred(fitted)
+            findings += group.transferred(fits)
             learned = group.learned()
             findings += [finding for finding, _ in learned]
-            if not fitted:
-                fitted = {finding.predictor: result for finding, result in learned}
-                models |= {(key, truth): group.model(key, result) for key, result in fitted.items()}
+            if not fits:
+                fits = [fit for _, fit in learned]
+                models |= {(fit.combination.label, truth): group.model(fit) for fit in fits}
             if seeds > 1:
                 reliability[name, truth] = group.reliability()
     return Comparison(
@@ -233,6 +235,24 @@ def _failures(journal: Journal) -> tuple[str, ...]:
         if not record["numbers"]
     ]
     return tuple(told)
+
+
+@dataclass(frozen=True)
+class _Combination:
+    """What is learned from: metrics of variants, and perhaps the policy's widths."""
+
+    label: str
+    variants: tuple[str, ...]
+    widths: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """What was learned on a set, fit for use on another only where that has the same numbers."""
+
+    policies: str
+    combination: _Combination
+    learned: Learned
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,72 +327,69 @@ class _Group:
         """Variants that scored every policy of the set."""
         return tuple(name for name in self.variants if all(name in row.scores for row in self.rows))
 
-    def _combinations(self) -> dict[str, tuple[tuple[str, ...], bool]]:
-        """What is learned from: variants, and whether the policy's widths join them."""
+    def _combinations(self) -> list[_Combination]:
+        """What can be learned from here."""
         complete = self._complete()
-        singles = {f"learned: {name}": (name,) for name in complete}
-        together = {"learned: all": complete} if len(complete) > 1 else {}
-        found: dict[str, tuple[tuple[str, ...], bool]] = {}
-        for (label, variants), widths in itertools.product(
-            {**singles, **together}.items(), (False, True)
-        ):
-            found[f"{label} + widths" if widths else label] = (variants, widths)
-        found["learned: widths"] = ((), True)
-        return found
+        singles = [(f"learned: {name}", (name,)) for name in complete]
+        together = [("learned: all", complete)] if len(complete) > 1 else []
+        found = [
+            _Combination(f"{label} + widths" if widths else label, variants, widths)
+            for label, variants in (*singles, *together)
+            for widths in (False, True)
+        ]
+        return [*found, _Combination("learned: widths", (), True)]
 
-    def _features(self, variants: Sequence[str], widths: bool) -> FloatArray:
+    def _features(self, combination: _Combination) -> FloatArray:
         """`(n, p)`: metrics, on a logarithmic scale where they are positive, and log-widths."""
         columns = []
-        for name in variants:
+        for name in combination.variants:
             for metric in self.rows[0].scores[name]:
                 values = np.array([row.scores[name][metric] for row in self.rows])
                 columns.append(_stretched(values, metric))
-        if widths:
+        if combination.widths:
             keep = np.array([row.policy.keep for row in self.rows]) / self.table.channels
             columns += list(np.log(keep).T)
         return np.array(columns).T
 
-    def learned(self) -> list[tuple[Finding, Learned]]:
+    def _found_by(self, combination: _Combination, how: str, found: Correlation) -> Finding:
+        seconds = self._seconds(combination.variants)
+        return self._finding(combination.label, how, seconds, found, learned=True)
+
+    def learned(self) -> list[tuple[Finding, _Fit]]:
         """Ridge regressions, judged out of fold; nothing where there are too few policies."""
         if len(self.rows) < _FEWEST_TO_LEARN:
             return []
         found = []
-        for label, (variants, widths) in self._combinations().items():
+        for combination in self._combinations():
             result = cross_validate(
-                self._features(variants, widths), self.truth, folds=_FOLDS, seed=self.seed
+                self._features(combination), self.truth, folds=_FOLDS, seed=self.seed
             )
-            found.append(
-                (
-                    self._finding(
-                        label, "k-fold", self._seconds(variants), result.correlation, learned=True
-                    ),
-                    result,
-                )
-            )
+            fit = _Fit(policies=self.name, combination=combination, learned=result)
+            found.append((self._found_by(combination, "k-fold", result.correlation), fit))
         return found
 
-    def transferred(self, fitted: Mapping[str, Learned]) -> list[Finding]:
-        """How fits on another set order the policies of this one."""
+    def transferred(self, fits: Sequence[_Fit]) -> list[Finding]:
+        """How fits on another set order the policies of this one, where it has their numbers."""
+        here = set(self._combinations())
         found = []
-        for label, (variants, widths) in self._combinations().items():
-            if label not in fitted:
+        for fit in fits:
+            if fit.combination not in here:
                 continue
-            features = self._features(variants, widths)
-            predicted = fitted[label].model.predict(features)
+            predicted = fit.learned.model.predict(self._features(fit.combination))
             correlation = correlate(predicted, self.truth, self.seed)
-            found.append(
-                self._finding(
-                    label, "fitted on random", self._seconds(variants), correlation, learned=True
-                )
-            )
+            found.append(self._found_by(fit.combination, f"fitted on {fit.policies}", correlation))
         return found
 
-    def model(self, label: str, result: Learned) -> dict[str, Any]:
+    def model(self, fit: _Fit) -> dict[str, Any]:
         """A fitted predictor as plain data: names of its features and what it does with them."""
-        variants, widths = self._combinations()[label]
-        names = [f"{name}.{metric}" for name in variants for metric in self.rows[0].scores[name]]
-        names += [f"width.{group.name}" for group in self.table.groups] if widths else []
-        model = result.model
+        names = [
+            f"{name}.{metric}"
+            for name in fit.combination.variants
+            for metric in self.rows[0].scores[name]
+        ]
+        if fit.combination.widths:
+            names += [f"width.{group.name}" for group in self.table.groups]
+        model = fit.learned.model
         return {
             "features": names,
             "centre": model.centre.tolist(),

@@ -6,6 +6,11 @@ both, lower is better.
 References:
     [Kendall1945] M. Kendall, "The Treatment of Ties in Ranking Problems", Biometrika 33(3): tau-b.
     [Efron1979] B. Efron, "Bootstrap Methods: Another Look at the Jackknife", Ann. Statist. 7(1).
+    [Spearman1910] C. Spearman, "Correlation calculated from faulty data", Brit. J. Psychol. 3(3).
+    [Brown1910] W. Brown, "Some experimental results in the correlation of mental abilities",
+        ibid.: what the mean of repetitions is worth.
+    [Greiner1909] R. Greiner, "Ueber das Fehlersystem der Kollektivmasslehre", Z. Math. Phys. 57:
+        tau of a normal distribution is 2 / pi arcsin(r).
     [Allen1974] D. Allen, "The Relationship Between Variable Selection and Data Augmentation and a
         Method for Prediction", Technometrics 16(1): leave-one-out residuals in closed form.
 """
@@ -22,6 +27,7 @@ __all__ = [
     "Finding",
     "Learned",
     "RidgeModel",
+    "ceiling",
     "correlate",
     "cross_validate",
     "fit_ridge",
@@ -176,6 +182,25 @@ def correlate(predicted: FloatArray, truth: FloatArray, seed: int = 0) -> Correl
         rho_low=rho_low,
         rho_high=rho_high,
     )
+
+
+def ceiling(tau: float) -> float:
+    """Kendall's tau that a perfect predictor would have with the mean of two noisy truths.
+
+    Their mean is nearer to what both measure than either is to the other: if they correlate with r,
+    it has a reliability of 2 r / (1 + r) [Spearman1910, Brown1910], and a correlation of its root
+    with what is measured; r and tau as for normal distributions [Greiner1909].
+
+    Args:
+        tau: Between the two truths.
+
+    Returns:
+        0 where they do not agree at all; NaN if nothing is known.
+    """
+    if np.isnan(tau):
+        return tau
+    r = max(0.0, float(np.sin(np.pi / 2 * tau)))
+    return float(2 / np.pi * np.arcsin(np.sqrt(2 * r / (1 + r))))
 
 
 _NUMBERS = ("tau", "tau_low", "tau_high", "rho", "rho_low", "rho_high")

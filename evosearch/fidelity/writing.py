@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from evosearch.fidelity.comparison import Comparison, PolicyRow
-from evosearch.fidelity.statistics import Correlation
+from evosearch.fidelity.statistics import Correlation, ceiling
 from evosearch.files import write_atomically
 from evosearch.results.export import Records, export
 
@@ -42,10 +42,10 @@ def write_files(comparison: Comparison, directory: Path) -> tuple[Path, ...]:
         findings = comparison.of(name)
         if not findings:
             continue
-        ceiling = comparison.reliability.get((name, main))
+        repeated = comparison.reliability.get((name, main))
         picture = directory / ("fidelity.png" if name == "random" else f"fidelity-{name}.png")
-        tau = None if ceiling is None else ceiling.tau
-        write_atomically(picture, partial(plot_fidelity, findings, tau))
+        best = None if repeated is None else ceiling(repeated.tau)
+        write_atomically(picture, partial(plot_fidelity, findings, best))
         files.append(picture)
     return tuple(files)
 
@@ -123,7 +123,12 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
     return {
         **comparison.settings,
         "findings": list(_finding_rows(comparison)),
-        "reliability": _named({key: _numbers(c) for key, c in comparison.reliability.items()}),
+        "reliability": _named(
+            {
+                key: {**_numbers(found), "ceiling": _known(ceiling(found.tau))}
+                for key, found in comparison.reliability.items()
+            }
+        ),
         "models": _named(comparison.models),
         "failures": list(comparison.failures),
         "policies": [

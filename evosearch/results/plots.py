@@ -108,12 +108,12 @@ def _best(findings: Sequence[Finding]) -> list[Finding]:
     return list(found.values())
 
 
-def plot_fidelity(findings: Sequence[Finding], ceiling: float | None, path: Path) -> None:
+def plot_fidelity(findings: Sequence[Finding], best: float | None, path: Path) -> None:
     """Draws tau against seconds per policy: a dot per predictor at its best metric.
 
     Args:
         findings: Of one set of policies and one truth.
-        ceiling: Tau between repetitions of the truth; None if it was made once.
+        best: Tau of a perfect predictor; None if the truth was not repeated.
         path: A PNG; written in place.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -138,8 +138,8 @@ def plot_fidelity(findings: Sequence[Finding], ceiling: float | None, path: Path
         )
         # Names would cover each other: numbers stand in the dots, names in the legend.
         axes.annotate(str(number), place, ha="center", va="center", fontsize=6, color="w", zorder=9)
-    if ceiling is not None and np.isfinite(ceiling):
-        axes.axhline(ceiling, color="0.4", lw=0.8, ls=":", label="truth against its repetition")
+    if best is not None and np.isfinite(best):
+        axes.axhline(best, color="0.4", lw=0.8, ls=":", label="a perfect predictor, at most")
     axes.set_xlabel("seconds per policy")
     axes.set_ylabel("Kendall's tau against fine-tuning, 95% interval")
     axes.grid(alpha=0.25)

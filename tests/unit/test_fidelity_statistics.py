@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
 from evosearch.fidelity import statistics
-from evosearch.fidelity.statistics import correlate, cross_validate, fit_ridge
+from evosearch.fidelity.statistics import ceiling, correlate, cross_validate, fit_ridge
 
 FloatArray = NDArray[np.float64]
 
@@ -58,6 +58,22 @@ def test_equal_and_opposite_orders_are_one_and_minus_one() -> None:
 def test_one_swap_among_four_is_two_thirds() -> None:
     # Six pairs, one of them discordant: (5 - 1) / 6.
     assert correlate(np.array([1.0, 2, 3, 4]), np.array([1.0, 3, 2, 4])).tau == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0])
+def test_ceiling_is_what_a_perfect_predictor_has_with_the_mean_of_two_truths(noise: float) -> None:
+    rng = np.random.default_rng(0)
+    exact = rng.normal(size=1500)
+    one, other = (exact + noise * rng.normal(size=1500) for _ in range(2))
+    perfect = kendalltau(exact, (one + other) / 2).statistic
+    assert ceiling(kendalltau(one, other).statistic) == pytest.approx(perfect, abs=0.02)
+    assert kendalltau(one, other).statistic < perfect - 0.05
+
+
+def test_ceiling_of_truths_that_disagree_is_nothing() -> None:
+    assert ceiling(1.0) == pytest.approx(1.0)
+    assert ceiling(-0.3) == 0
+    assert np.isnan(ceiling(np.nan))
 
 
 def test_interval_narrows_with_more_policies() -> None:
