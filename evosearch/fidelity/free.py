@@ -36,7 +36,9 @@ def free_predictors(workload: Workload) -> Callable[[Policy], Mapping[str, float
         shares = []
         for channels, kept in zip(groups, policy.keep, strict=True):
             gone = channels[workload.places[channels] >= kept]
-            shares.append(mass[:, gone].sum(axis=1) / mass[:, channels].sum(axis=1))
+            whole = mass[:, channels].sum(axis=1)
+            # A group of nothing but zeros has nothing to lose.
+            shares.append(mass[:, gone].sum(axis=1) / np.where(whole > 0, whole, 1.0))
         return dict(zip(names, np.mean(shares, axis=0).tolist(), strict=True))
 
     return lost

@@ -5,6 +5,7 @@ cut off when the file is opened again. Unlike a run's ledger nothing is looked u
 written, so a list in memory is index enough.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -34,7 +35,9 @@ class Journal:
         self.path = path
         self.records = records
         self._lock = lock
-        self._stream = path.open("ab")
+        # Nothing may linger in a buffer that closing would write a second time.
+        self._stream = path.open("ab", buffering=0)
+        self._end = self._stream.tell()
 
     @classmethod
     def open(cls, directory: Path, settings: Mapping[str, Any]) -> Self:
@@ -76,12 +79,16 @@ class Journal:
         self.records.append(record)
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
+        line = (json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n").encode()
+        left = memoryview(line)
         try:
-            self._stream.write(line.encode())
-            self._stream.flush()
+            while left:
+                left = left[self._stream.write(left) :]
             os.fsync(self._stream.fileno())
+            self._end += len(line)
         except OSError as exc:
+            with contextlib.suppress(OSError):
+                self._stream.truncate(self._end)
             raise BackendError(
                 f"{self.path}: {exc.strerror}; free some space and run the same command again"
             ) from exc
@@ -92,8 +99,10 @@ class Journal:
 
     def close(self) -> None:
         """Closes the file and gives the lock back."""
-        self._stream.close()
-        self._lock.release()
+        try:
+            self._stream.close()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -123,7 +132,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _check(path: Path, header: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    if header["kind"] != _KIND or "settings" not in header:
+    if header["kind"] != _KIND or not {"settings", "version"} <= header.keys():
         raise LedgerCorrupt(f"{path} is not a journal of evosearch fidelity; name another --out")
     if header["version"] != VERSION:
         raise LedgerVersionError(

@@ -352,7 +352,8 @@ def _dispatch(
             finally:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         landed, flying = wait(flying, timeout=_POLL_S, return_when=FIRST_COMPLETED)
-        for future in landed:
+        # What is done is kept, though another worker's death may have landed with it.
+        for future in sorted(landed, key=lambda future: future.exception() is not None):
             record(future.result())
 
 

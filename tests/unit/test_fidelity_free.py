@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
+import torch
 
 from evosearch.data import open_source
 from evosearch.fidelity.free import free_predictors
@@ -54,3 +55,15 @@ def test_removing_more_loses_more(lost: Callable[[Policy], Mapping[str, float]])
         keep = rng.integers(2, np.array(DENSE.keep))
         wide, narrow = lost(Policy(tuple(keep.tolist()))), lost(Policy(tuple((keep - 1).tolist())))
         assert all(narrow[name] > wide[name] for name in wide)
+
+
+def test_a_group_of_zeros_has_nothing_to_lose() -> None:
+    network = load_network(NetworkSpec(name="resnet20", weights="shipped:resnet20-cifar10"))
+    with torch.no_grad():
+        network.module.layer1[0].bn1.weight.zero_()
+    held_out = open_source("cifar10-sample").held_out().take(np.arange(20))
+    settings = ProxySettings(name="raw", criterion="l2")
+    dead = prepare_workload(network, trace(network), settings, held_out, held_out)
+    only = Policy((8, *DENSE.keep[1:]))
+    assert free_predictors(dead)(only)["bn-scale"] == 0.0
+    assert np.isfinite(list(free_predictors(dead)(HALF).values())).all()

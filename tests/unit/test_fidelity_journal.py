@@ -101,8 +101,11 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         Journal.open(tmp_path, SETTINGS)
 
 
-def test_another_file_is_no_journal(tmp_path: Path) -> None:
-    (tmp_path / "fidelity.jsonl").write_text('{"kind": "something"}\n')
+@pytest.mark.parametrize(
+    "line", ['{"kind": "something"}', '{"kind": "evosearch-fidelity", "settings": {}}']
+)
+def test_another_file_is_no_journal(tmp_path: Path, line: str) -> None:
+    (tmp_path / "fidelity.jsonl").write_text(f"{line}\n")
     with pytest.raises(LedgerCorrupt, match="is not a journal"):
         Journal.open(tmp_path, SETTINGS)
 
@@ -120,3 +123,29 @@ def test_only_one_process_writes(tmp_path: Path) -> None:
         pytest.raises(LedgerLocked, match="is in use"),
     ):
         Journal.open(tmp_path, SETTINGS)
+
+
+def test_a_full_disk_is_told_and_leaves_whole_lines(tmp_path: Path) -> None:
+    program = f"""
+import pathlib, resource, signal
+from evosearch.errors import BackendError
+from evosearch.fidelity.journal import Journal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+directory = pathlib.Path({str(tmp_path)!r})
+journal = Journal.open(directory, {{}})
+journal.append("score", value=1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (journal.path.stat().st_size + 10,) * 2)
+try:
+    journal.append("score", value="x" * 100)
+except BackendError as exc:
+    print(exc)
+journal.close()
+Journal.open(directory, {{}}).close()
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "free some space and run the same command again" in done.stdout
+    with Journal.open(tmp_path, {}) as journal:
+        assert journal.records == [{"kind": "score", "value": 1}]
+        journal.append("score", value=2)
