@@ -11,12 +11,10 @@ the last second may be missing, as if it had not been measured; the file stays s
 """
 
 import contextlib
-import fcntl
 import io
 import json
 import math
 import os
-import socket
 import sqlite3
 import time
 import zipfile
@@ -32,19 +30,18 @@ from evosearch.errors import (
     BackendError,
     LedgerCorrupt,
     LedgerError,
-    LedgerLocked,
     LedgerVersionError,
     RunExists,
 )
+from evosearch.locks import RunLock
 from evosearch.measurement import Measurement, Status, Terms
 from evosearch.policy import Policy
 
-__all__ = ["SCHEMA_VERSION", "Entry", "Ledger", "Member", "RunLock", "Snapshot", "lock_holder"]
+__all__ = ["SCHEMA_VERSION", "Entry", "Ledger", "Member", "Snapshot"]
 
 SCHEMA_VERSION = 3
 _APPLICATION_ID = 0x45564F53  # "EVOS"
-_FILE, _LOCK = "ledger.sqlite", "lock"
-_LOCK_TRIES, _LOCK_PAUSE_S = 20, 0.02
+_FILE = "ledger.sqlite"
 _SYNC_EVERY_S = 1.0
 
 _SCHEMA = """
@@ -154,52 +151,6 @@ class Entry:
     macs: int
     params: int
     measurement: Measurement | None
-
-
-class RunLock:
-    """Exclusive right to write to a run; the system takes it back when the process ends."""
-
-    def __init__(self, run: Path) -> None:
-        self._path = run / _LOCK
-        try:
-            self._stream = self._path.open("a+")
-        except OSError as exc:
-            raise BackendError(f"cannot write to {run}: {exc.strerror}") from exc
-        # Somebody who asks for the holder takes the lock for a moment, so one refusal is no answer.
-        for patience in range(_LOCK_TRIES):
-            try:
-                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as exc:
-                if patience + 1 < _LOCK_TRIES:
-                    time.sleep(_LOCK_PAUSE_S)
-                    continue
-                self._stream.close()
-                raise LedgerLocked(
-                    f"{run} is in use by {lock_holder(run) or 'another process'}; "
-                    "wait for it to end, or stop it"
-                ) from exc
-        self._stream.truncate(0)
-        self._stream.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._stream.flush()
-
-    def release(self) -> None:
-        """Gives the right back."""
-        self._stream.truncate(0)
-        self._stream.close()
-
-
-def lock_holder(run: Path) -> str | None:
-    """Who writes to a run right now, or None."""
-    try:
-        with (run / _LOCK).open() as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return stream.read().strip() or "another process"
-    except FileNotFoundError:
-        pass
-    return None
 
 
 @contextlib.contextmanager
@@ -554,21 +505,3 @@ class Ledger:
                 Member(policy=Policy.from_json(policy), rank=rank, crowding=crowding)
                 for policy, rank, crowding in rows
             ]
-
-    def progress(self, track: str, *, terms: Terms = Terms.FULL) -> dict[str, Any]:
-        """Counts for `status`: measurements by status, generations, seconds."""
-        by_status = self._rows(
-            "SELECT status, COUNT(*), SUM(seconds) FROM measurements WHERE digest IN "
-            "(SELECT digest FROM asks WHERE track = ?) AND terms = ? GROUP BY status",
-            (track, terms.value),
-        )
-        ((generations,),) = self._rows("SELECT COUNT(DISTINCT generation) FROM population")
-        ((first, last),) = self._rows("SELECT MIN(finished_at), MAX(finished_at) FROM measurements")
-        return {
-            "evaluations": sum(count for _, count, _ in by_status),
-            "by_status": {status: count for status, count, _ in by_status},
-            "generations": generations,
-            "scoring_seconds": sum(seconds for _, _, seconds in by_status),
-            "first_at": first,
-            "last_at": last,
-        }

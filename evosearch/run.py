@@ -26,6 +26,7 @@ from evosearch.errors import (
 from evosearch.facts import RunFacts, read_facts
 from evosearch.files import write_atomically
 from evosearch.ledger import Ledger
+from evosearch.locks import LOCK_FILE
 from evosearch.measurement import Measurement
 from evosearch.networks import check_repeatable
 from evosearch.recipe import Recipe, load_recipe
@@ -118,7 +119,7 @@ def new_run_directory(recipe: str) -> Path:
 def _check_free(run: Path) -> None:
     if (run / "ledger.sqlite").exists():
         raise RunExists(f"{run} is a run already; `evosearch resume {run}`, or name another --out")
-    if run.exists() and (not run.is_dir() or any(p.name != "lock" for p in run.iterdir())):
+    if run.exists() and (not run.is_dir() or any(p.name != LOCK_FILE for p in run.iterdir())):
         raise RunExists(f"{run} exists and is not empty; name another --out")
 
 

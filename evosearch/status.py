@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from evosearch.facts import read_facts
-from evosearch.ledger import Ledger, lock_holder
+from evosearch.ledger import Ledger
+from evosearch.locks import lock_holder
 from evosearch.results.front import read_results
-from evosearch.search import SEARCH
 
 __all__ = ["read_status"]
 
@@ -28,7 +28,7 @@ def read_status(run: Path) -> dict[str, Any]:
         if holder is None and state == "running":
             state = "killed"  # nobody holds the lock, and nobody wrote how it ended
         results = read_results(ledger)
-        generations = ledger.progress(SEARCH)["generations"]
+        generations = ledger.generations()
     done = len(results.rows)
     scoring = sum(row.seconds for row in results.rows)
     elapsed = scoring / max(facts.recipe.run.workers, 1)

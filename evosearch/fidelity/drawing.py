@@ -123,7 +123,7 @@ def draw(
 def _members(ledger: Ledger) -> Iterator[Policy]:
     """The front of a run, then its populations, the last one first; some come twice."""
     yield from (row.policy for row in read_results(ledger).front)
-    generation = max(int(ledger.progress("search")["generations"]) - 1, 0)
+    generation = max(ledger.generations() - 1, 0)
     while generation >= 0:
         yield from (member.policy for member in ledger.population(generation))
         generation -= 1

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from evosearch.errors import BackendError, ConfigMismatch, LedgerCorrupt, LedgerVersionError
-from evosearch.ledger import RunLock
+from evosearch.locks import RunLock
 
 __all__ = ["Journal"]
 

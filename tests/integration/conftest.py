@@ -90,11 +90,12 @@ class Cli:
             assert process.poll() is None, process.communicate()
             if (run / "ledger.sqlite").exists():
                 with Ledger.open(run) as ledger:
-                    counts = [
-                        ledger.progress(SEARCH, terms=terms)["evaluations"]
+                    entries = [
+                        entry
                         for terms in (Terms.FULL, Terms.RACED)
+                        for entry in ledger.entries(SEARCH, terms=terms)
                     ]
-                    if sum(counts) >= measurements:
+                    if sum(entry.measurement is not None for entry in entries) >= measurements:
                         return
             time.sleep(0.01)
         raise AssertionError(f"no {measurements} measurements in time")

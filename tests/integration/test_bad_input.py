@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from evosearch.ledger import SCHEMA_VERSION, RunLock
+from evosearch.ledger import SCHEMA_VERSION
+from evosearch.locks import RunLock
 from tests.integration.conftest import Cli
 
 SETTINGS = [

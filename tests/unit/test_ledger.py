@@ -18,7 +18,8 @@ from evosearch.errors import (
     LedgerLocked,
     LedgerVersionError,
 )
-from evosearch.ledger import SCHEMA_VERSION, Ledger, Member, lock_holder
+from evosearch.ledger import SCHEMA_VERSION, Ledger, Member
+from evosearch.locks import lock_holder
 from evosearch.measurement import Measurement, Status, Terms
 from evosearch.policy import Policy
 
@@ -115,7 +116,6 @@ def test_raced_measurements_are_kept_apart_and_read_back_as_they_were(asked: Led
         assert list(reader.measurements(terms=Terms.RACED).values()) == raced
         assert reader.known(POLICIES, terms=Terms.RACED) == {m.policy.digest: m for m in raced}
         assert [e.measurement for e in reader.entries("search", terms=Terms.RACED)][:2] == raced
-        assert reader.progress("search", terms=Terms.RACED)["by_status"] == {"dropped": 1, "ok": 1}
 
 
 def test_measurements_are_listed_in_the_order_of_landing(asked: Ledger) -> None:
@@ -130,8 +130,7 @@ def test_new_ledger_is_empty(ledger: Ledger) -> None:
     assert ledger.entries("search") == []
     assert ledger.population() == []
     assert ledger.asked("search", 0) == []
-    progress = ledger.progress("search")
-    assert (progress["evaluations"], progress["generations"], progress["first_at"]) == (0, 0, None)
+    assert ledger.generations() == 0
 
 
 def test_population_keeps_order_rank_and_infinite_crowding(asked: Ledger) -> None:
@@ -197,16 +196,13 @@ def test_unknown_fact_is_a_key_error(ledger: Ledger) -> None:
         ledger.meta("colour")
 
 
-def test_progress_counts_one_track(asked: Ledger) -> None:
+def test_entries_are_those_of_one_track(asked: Ledger) -> None:
     asked.record_ask("baseline", 0, [Policy((99, 99))], [(1, 1)])
     asked.record(measured(POLICIES[0]), 10.0)
     asked.record(failed(POLICIES[1], Status.TIMEOUT), 14.0)
     asked.record(measured(Policy((99, 99))), 11.0)
-    progress = asked.progress("search")
-    assert progress["evaluations"] == 2
-    assert progress["by_status"] == {"ok": 1, "timeout": 1}
-    assert progress["scoring_seconds"] == pytest.approx(2.8)
-    assert (progress["first_at"], progress["last_at"]) == (10.0, 14.0)
+    landed = [e.measurement for e in asked.entries("search") if e.measurement is not None]
+    assert [m.status for m in landed] == [Status.OK, Status.TIMEOUT]
 
 
 def test_second_writer_is_refused_by_the_name_of_the_first(ledger: Ledger) -> None:
