@@ -69,6 +69,8 @@ class RunFacts(BaseModel):
     """By group and kept channels, what the first ranking has it lose; none in runs of before."""
     resumed_on_gpus: float = 0.0
     """Share of one for each scorer, where the run was resumed on GPUs."""
+    resumed_with_workers: int | None = None
+    """As many scored since the run was last resumed; None if it never was."""
     evaluations: Count
     """The budget: distinct policies to measure."""
     state: Literal["running", "interrupted", "finished"]

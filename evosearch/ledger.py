@@ -6,8 +6,9 @@ hears of it. What was asked, and the population of every generation, is there to
 
 A committed transaction is with the operating system: no kill of processes can lose it. Waiting
 until it is on the disk costs some milliseconds each time, so that a cluster of hundreds would wait
-for one file; therefore that is done once a second. When the power fails, what was committed within
-the last second may be missing, as if it had not been measured; the file stays sound.
+for one file; therefore that is done at most once a second, and at most a second late. When the
+power fails, what was committed within the last second may be missing, as if it had not been
+measured; the file stays sound.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import sqlite3
+import threading
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +43,7 @@ __all__ = ["SCHEMA_VERSION", "Entry", "Ledger", "Member", "Snapshot"]
 
 SCHEMA_VERSION = 3
 _APPLICATION_ID = 0x45564F53  # "EVOS"
-_FILE = "ledger.sqlite"
+_FILE, _SCRATCH = "ledger.sqlite", ".tmp"
 _SYNC_EVERY_S = 1.0
 
 _SCHEMA = """
@@ -167,6 +169,8 @@ def _translated(path: Path) -> Iterator[None]:
             raise BackendError(f"{path}: {exc}; free some space and resume") from exc
         if "readonly" in str(exc):
             raise LedgerError(f"{path} was opened for reading only") from exc
+        if "unable to open" in str(exc):
+            raise LedgerError(f"{path} cannot be opened: {exc}") from exc
         raise LedgerCorrupt(f"{path} cannot be used as a ledger: {exc}") from exc
     except sqlite3.DatabaseError as exc:
         raise LedgerCorrupt(
@@ -192,8 +196,8 @@ class Ledger:
     Guarantees:
 
     **Durability.** When a recording method returns, what it recorded survives a kill; a second
-    later, at the next record at the latest, a loss of power.
-    **Immutability.** What was recorded never changes.
+    later a loss of power.
+    **Immutability.** Measurements, asks and populations never change once they are recorded.
     **Single writer.** Opening for writing needs the run's lock.
     """
 
@@ -202,6 +206,7 @@ class Ledger:
         self._db = connection
         self._lock = lock
         self._synced_at = -math.inf
+        self._later: threading.Timer | None = None
 
     @classmethod
     def create(cls, run: Path, meta: Mapping[str, Any]) -> Self:
@@ -213,25 +218,33 @@ class Ledger:
         """
         lock = RunLock(run)
         path = run / _FILE
-        if path.exists():
+        try:
+            cls._make(path, meta)
+            with _translated(path):
+                connection = cls._connect(path, write=True)
+                cls._prepare_writing(connection)
+        except BaseException:
             lock.release()
+            raise
+        return cls(path, connection, lock)
+
+    @staticmethod
+    def _make(path: Path, meta: Mapping[str, Any]) -> None:
+        """Complete before it has its name: a kill in between leaves no half-made ledger."""
+        run = path.parent
+        if path.exists():
             raise RunExists(f"{run} is a run already; `evosearch resume {run}`, or another --out")
-        for leftover in ("-wal", "-shm"):
-            (run / f"{_FILE}{leftover}").unlink(missing_ok=True)
-        scratch = run / f"{_FILE}.{os.getpid()}.tmp"
-        with _translated(path):
-            # Complete before it has its name: a kill in between leaves no half-made ledger.
-            with contextlib.closing(sqlite3.connect(scratch)) as db:
-                db.executescript(_SCHEMA)
-                db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-                rows = [(key, json.dumps(value)) for key, value in meta.items()]
-                db.executemany("INSERT INTO meta VALUES (?, ?)", rows)
-                db.commit()
-            scratch.replace(path)
-            connection = cls._connect(path, write=True)
-            cls._prepare_writing(connection)
-            return cls(path, connection, lock)
+        for leftover in (*run.glob(f"{_FILE}-*"), *run.glob(f"{_FILE}.*{_SCRATCH}")):
+            leftover.unlink(missing_ok=True)
+        scratch = run / f"{_FILE}.{os.getpid()}{_SCRATCH}"
+        with _translated(path), contextlib.closing(sqlite3.connect(scratch)) as db:
+            db.executescript(_SCHEMA)
+            db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            rows = [(key, json.dumps(value)) for key, value in meta.items()]
+            db.executemany("INSERT INTO meta VALUES (?, ?)", rows)
+            db.commit()
+        scratch.replace(path)
 
     @classmethod
     def open(cls, run: Path, *, write: bool = False) -> Self:
@@ -249,7 +262,7 @@ class Ledger:
         lock = RunLock(run) if write else None
         try:
             with _translated(path):
-                connection = cls._connect(path, write=write)
+                connection = cls._connect(path, write=write) if write else cls._reading(path)
                 try:
                     cls._check(path, connection)
                     if write:
@@ -263,9 +276,36 @@ class Ledger:
             raise
         return cls(path, connection, lock)
 
+    @classmethod
+    def _reading(cls, path: Path) -> sqlite3.Connection:
+        """A connection for reading, in directories that one may not write to as well.
+
+        Readers of a write-ahead log share an index that lies beside it. Where that cannot be made,
+        the file is complete without if there is no log, as its last writer closed it.
+        """
+        connection = cls._connect(path, write=False)
+        try:
+            connection.execute("PRAGMA user_version").fetchone()
+        except sqlite3.OperationalError as exc:
+            connection.close()
+            if os.access(path.parent, os.W_OK) or not os.access(path, os.R_OK):
+                raise
+            log = path.with_name(f"{path.name}-wal")
+            if log.exists():
+                raise LedgerError(
+                    f"{path.parent} was not closed, or is being searched: some of it is in "
+                    f"{log.name}, which cannot be read by who may not write to the directory; let "
+                    "its owner run `evosearch status` there, or copy the directory"
+                ) from exc
+            return cls._connect(path, write=False, options="&immutable=1")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
     @staticmethod
-    def _connect(path: Path, *, write: bool) -> sqlite3.Connection:
-        mode = "rw" if write else "ro"
+    def _connect(path: Path, *, write: bool, options: str = "") -> sqlite3.Connection:
+        mode = f"{'rw' if write else 'ro'}{options}"
         connection = sqlite3.connect(
             f"{path.resolve().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=30
         )
@@ -295,6 +335,8 @@ class Ledger:
 
     def close(self) -> None:
         """Closes the file and gives the lock back."""
+        if self._later is not None:
+            self._later.cancel()
         self._db.close()
         if self._lock:
             self._lock.release()
@@ -312,17 +354,32 @@ class Ledger:
             due = now - self._synced_at >= _SYNC_EVERY_S
             # FULL waits for the disk, for all that the log holds; NORMAL leaves it to a later one.
             self._db.execute(f"PRAGMA synchronous = {'FULL' if due else 'NORMAL'}")
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
                 self._db.execute("COMMIT")
-                if due:
-                    self._synced_at = now
             except BaseException:
                 # A full disk has rolled back already.
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+            if due:
+                self._synced_at = now
+            elif self._later is None or not self._later.is_alive():
+                # The next record may be long in coming.
+                self._later = threading.Timer(_SYNC_EVERY_S, self._sync_log)
+                self._later.daemon = True
+                self._later.start()
+
+    def _sync_log(self) -> None:
+        """Waits until what was committed is on the disk; needs no connection of its thread."""
+        # What fails here fails again, and is told, with the next record.
+        with contextlib.suppress(OSError):
+            log = os.open(self.path.with_name(f"{self.path.name}-wal"), os.O_RDONLY)
+            try:
+                os.fsync(log)
+            finally:
+                os.close(log)
 
     def _rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with _translated(self.path):

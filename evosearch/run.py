@@ -7,7 +7,7 @@ the search ends.
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -20,6 +20,7 @@ from evosearch.errors import (
     BudgetUnreachable,
     ConfigError,
     ConfigMismatch,
+    EvosearchError,
     NetworkError,
     RunExists,
 )
@@ -119,7 +120,9 @@ def new_run_directory(recipe: str) -> Path:
 def _check_free(run: Path) -> None:
     if (run / "ledger.sqlite").exists():
         raise RunExists(f"{run} is a run already; `evosearch resume {run}`, or name another --out")
-    if run.exists() and (not run.is_dir() or any(p.name != LOCK_FILE for p in run.iterdir())):
+    # What a launch that was killed at once may leave.
+    ours = {LOCK_FILE, *(path.name for path in run.glob("ledger.sqlite.*.tmp"))}
+    if run.exists() and (not run.is_dir() or any(p.name not in ours for p in run.iterdir())):
         raise RunExists(f"{run} exists and is not empty; name another --out")
 
 
@@ -216,6 +219,7 @@ def resume(
         assembled = assemble_again(recorded, recipe, directory)
         _announce(assembled, observer)
         ledger.set_meta("evaluations", evaluations or before)
+        ledger.set_meta("resumed_with_workers", recipe.run.workers)
         if recipe.run.gpus_per_worker > 0:
             ledger.set_meta("resumed_on_gpus", recipe.run.gpus_per_worker)
         ledger.set_meta("state", "running")
@@ -329,12 +333,17 @@ def _timed(
 
 @contextmanager
 def _recorded_stop(ledger: Ledger, observer: Observer) -> Iterator[None]:
-    """Being stopped at once is an end of its own, not a kill."""
+    """Being stopped at once, or by an error, is an end of its own, not a kill."""
     try:
         yield
     except KeyboardInterrupt:
         ledger.set_meta("state", "interrupted")
         observer.phase("stopped; what was measured is recorded")
+        raise
+    except EvosearchError as exc:
+        with suppress(EvosearchError):  # of a full disk the first is told
+            ledger.set_meta("reason", str(exc))
+            ledger.set_meta("state", "interrupted")
         raise
 
 

@@ -15,8 +15,8 @@ __all__ = ["read_status"]
 def read_status(run: Path) -> dict[str, Any]:
     """State, counts, pace and hypervolume of a run, as plain data.
 
-    Seconds are those of scoring, shared among the workers: time in which nobody searched, and what
-    the uniform ladder took, do not count.
+    Seconds are those of scoring, shared among as many workers as there are now: time in which
+    nobody searched, and what the uniform ladder took, do not count.
 
     Raises:
         LedgerError: There is no usable run.
@@ -31,7 +31,9 @@ def read_status(run: Path) -> dict[str, Any]:
         generations = ledger.generations()
     done = len(results.rows)
     scoring = sum(row.seconds for row in results.rows)
-    elapsed = scoring / max(facts.recipe.run.workers, 1)
+    workers = facts.resumed_with_workers
+    elapsed = scoring / max(facts.recipe.run.workers if workers is None else workers, 1)
+    left = facts.evaluations - done if state != "finished" else 0
     return {
         "run": str(run),
         "state": state,
@@ -43,7 +45,7 @@ def read_status(run: Path) -> dict[str, Any]:
         "generations": generations,
         "scoring_seconds": scoring,
         "elapsed_seconds": elapsed,
-        "seconds_left": elapsed / done * (facts.evaluations - done) if done else None,
+        "seconds_left": elapsed / done * left if done else None,
         "front": sum(row.on_front for row in results.rows),
         "feasible": results.feasible,
         "hypervolume": results.hypervolume(),

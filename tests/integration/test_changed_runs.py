@@ -152,6 +152,22 @@ def test_stopped_at_once_is_interrupted_not_killed(start: Start, track: str, at:
     assert read_status(Path("run"))["state"] == "interrupted"
 
 
+def test_a_search_that_fails_is_interrupted_and_says_why(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise BackendError("no scorer is left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("evosearch.run._LazyPool.score", gone)
+        with pytest.raises(BackendError):
+            start()
+    assert read_status(Path("run"))["state"] == "interrupted"
+    with Ledger.open(Path("run")) as ledger:
+        assert ledger.meta("reason") == "no scorer is left"
+    assert not resume(Path("run"), Watch()).interrupted
+
+
 def test_a_search_that_can_afford_nothing_is_an_error(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,5 +160,21 @@ def test_seconds_are_those_of_searching(run: Path) -> None:
     assert status["seconds_left"] == pytest.approx(3.0)
 
 
+def test_seconds_are_shared_among_those_who_score_now(run: Path) -> None:
+    with Ledger.open(run, write=True) as ledger:
+        ledger.set_meta("evaluations", 6)
+        ledger.set_meta("resumed_with_workers", 1)
+    status = read_status(run)
+    assert status["elapsed_seconds"] == pytest.approx(12.0)
+    assert status["seconds_left"] == pytest.approx(6.0)
+
+
+def test_nothing_is_left_of_a_finished_run(run: Path) -> None:
+    with Ledger.open(run, write=True) as ledger:
+        ledger.set_meta("evaluations", 6)
+        ledger.set_meta("state", "finished")
+    assert read_status(run)["seconds_left"] == 0
+
+
 def test_a_run_that_nobody_holds_was_killed(run: Path) -> None:
     assert read_status(run)["state"] == "killed"

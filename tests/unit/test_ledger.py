@@ -1,10 +1,14 @@
 import dataclasses
 import math
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -470,3 +474,73 @@ def test_disk_is_waited_for_once_a_second(asked: Ledger, monkeypatch: pytest.Mon
         ((level,),) = asked._rows("PRAGMA synchronous")
         waits.append(level == 2)
     assert waits == [False, False, True, False, True]
+
+
+def test_what_was_not_waited_for_is_on_the_disk_a_second_later(
+    asked: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = threading.Event()
+    monkeypatch.setattr("evosearch.ledger._SYNC_EVERY_S", 0.2)
+    monkeypatch.setattr("evosearch.ledger.os.fsync", lambda _: synced.set())
+    asked._synced_at = time.monotonic() + 3600
+    asked.record(measured(POLICIES[0]), 0.0)
+    assert not synced.is_set()
+    assert synced.wait(10)
+
+
+def test_what_a_killed_launch_left_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "ledger.sqlite.123.tmp").write_bytes(b"half")
+    Ledger.create(tmp_path, {}).close()
+    assert {path.name for path in tmp_path.iterdir()} == {"ledger.sqlite", "lock"}
+
+
+def test_a_ledger_that_cannot_be_made_leaves_no_lock(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        Ledger.create(tmp_path, {"fact": object()})
+    Ledger.create(tmp_path, {}).close()
+
+
+# Whoever may read a run may look at it; root is somebody else first.
+READER = """
+import os, sys
+from pathlib import Path
+from evosearch.errors import LedgerError
+from evosearch.ledger import Ledger
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+try:
+    with Ledger.open(Path(sys.argv[1])) as ledger:
+        print(len(ledger.measurements()))
+except LedgerError as exc:
+    print(exc)
+"""
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_run_in_a_directory_one_may_not_write_to_can_be_read(closed: bool) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ledger = Ledger.create(folder, {})
+        ledger.record_ask("search", 0, POLICIES, COSTS)
+        ledger.record(measured(POLICIES[0]), 0.0)
+        if closed:
+            ledger.close()
+        else:  # as if killed where the index is lost, too
+            shutil.copytree(folder, folder / "copy")
+            ledger.close()
+            folder = folder / "copy"
+            (folder / "ledger.sqlite-shm").unlink()
+        for path in folder.iterdir():
+            path.chmod(0o444)
+        for directory in (folder, Path(name)):
+            directory.chmod(0o555)
+        command = [sys.executable, "-c", READER, str(folder)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        for directory in (Path(name), folder):
+            directory.chmod(0o755)
+    if closed:
+        assert done.stdout == "1\n", done.stderr
+    else:
+        assert "let its owner run `evosearch status` there, or copy the directory" in done.stdout
