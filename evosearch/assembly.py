@@ -30,6 +30,7 @@ from evosearch.pruning.criteria import applicable_criteria, criterion_named
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.groups import trace
 from evosearch.pruning.table import GroupTable
+from evosearch.reach import reachable_costs
 from evosearch.recipe import RANKINGS, ProxyRecipe, RankingRecipe, Recipe
 from evosearch.scoring.devices import check_devices, gpus_here
 from evosearch.scoring.objectives import COSTS, Goals, worst_metrics
@@ -48,17 +49,16 @@ from evosearch.snapshots import versions
 from evosearch.space import CriteriaFacts, CriteriaWish, SearchSpace, criteria_wish, make_space
 from evosearch.strategy import algorithm_of, goals_of, wants_latency
 
+# So many random genomes show whether widths that are not multiples are asked for at all.
+_PROBES = 32
 # Of so many images and classes the ledger keeps what the dense network puts out.
 _SHOWN = 16
-# So many random policies show what a space can cost, where its extremes are not policies of it.
-_PROBES = 32
 
 __all__ = [
     "Assembled",
     "assemble",
     "assemble_again",
     "pool_settings",
-    "reachable_costs",
     "rounding",
 ]
 
@@ -385,23 +385,6 @@ def _naming(field: str) -> Iterator[None]:
         yield
     except ConfigError as exc:
         raise ConfigError(f"{field}: {exc}") from exc
-
-
-def reachable_costs(
-    space: SearchSpace, table: GroupTable
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Lowest and highest shares of the dense network's costs that genomes of a space reach.
-
-    The cheapest and the dearest policy need not be among them: a space that projects onto a budget
-    never asks for either. Then the range is that of uniform and of random genomes.
-    """
-    probes = [space.encode(policy) for policy in (space.cheapest(), space.dearest())]
-    random = np.random.default_rng(0).random((_PROBES, space.n_genes))
-    shares = table.shares_of(space.decode(np.concatenate([probes, space.ladder(4), random])))
-    return (
-        {name: float(share.min()) for name, share in shares.items()},
-        {name: float(share.max()) for name, share in shares.items()},
-    )
 
 
 def _settled(

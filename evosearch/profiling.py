@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from evosearch.assembly import Assembled, assemble, reachable_costs, rounding
+from evosearch.assembly import Assembled, assemble, rounding
 from evosearch.doubts import few_images
 from evosearch.errors import ConfigError
 from evosearch.latency import LatencyModel
 from evosearch.measurement import Measurement
 from evosearch.networks import InputSpec
 from evosearch.pruning.table import FixedGroup, Group
+from evosearch.reach import reachable_costs
 from evosearch.recipe import Recipe
 from evosearch.scoring.devices import local_device
 from evosearch.scoring.objectives import COSTS

@@ -186,13 +186,13 @@ class LayerSparsity:
         # Rounding leaves few distinct uniform policies; twice as many tries as channels find all.
         tries = 2 * int(self._table.channels.max()) + 2
         values = [0.0, 1.0, *(_van_der_corput(k) for k in range(1, tries))]
-        found = np.empty((0, self.n_genes))
-        for start in range(0, tries, max(2 * n, 8)):
-            if len(found) >= n:
-                break
-            more = np.array(values[start : start + max(2 * n, 8)])[:, None]
+        found, start, count = np.empty((0, self.n_genes)), 0, max(2 * n, 8)
+        while start < tries and len(found) < n:
+            more = np.array(values[start : start + count])[:, None]
             found = np.concatenate([found, np.repeat(more, self.n_genes, axis=1)])
             found = found[unique_rows(self.decode(found))]
+            # On a budget all may be one policy, which takes all tries to know.
+            start, count = start + count, 2 * count
         return found[:n]
 
     def levels(self) -> tuple[FloatArray, ...]:

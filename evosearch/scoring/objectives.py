@@ -116,10 +116,10 @@ class Goals:
         return all(costs[c.name] <= c.bound for c in self.cost_constraints)
 
     def check_reachable(self, lowest: Mapping[str, float], highest: Mapping[str, float]) -> None:
-        """Checks that the cheapest policy satisfies every cost constraint.
+        """Checks that every cost constraint can be satisfied, one by one.
 
-        Costs never fall when a group widens, so the cheapest policy is the cheapest in all costs,
-        and constraints that hold one by one hold together.
+        Costs never fall when a group widens. So where the cheapest policy can be asked for, it is
+        the cheapest in all costs, and constraints that hold one by one hold together.
 
         Raises:
             BudgetUnreachable: One cannot be satisfied; names the reachable range.
