@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from evosearch.errors import ConfigError, EvosearchError
+from evosearch.errors import ConfigError, EvosearchError, first_line
 
 if TYPE_CHECKING:
     from evosearch.fidelity.study import Finished as Fidelity
@@ -559,7 +559,7 @@ def main() -> None:
         typer.echo("evosearch: stopped; what was measured is recorded", err=True)
         sys.exit(INTERRUPTED)
     except Exception as exc:  # noqa: BLE001  the last resort: nobody is shown a traceback
-        first = (str(exc).strip().splitlines() or ["no message"])[0]
+        first = first_line(exc)
         typer.echo(
             f"evosearch: unexpected {type(exc).__name__}: {first}; this should not happen, "
             f"{_details(exc)}",

@@ -16,7 +16,6 @@ EvosearchError
 │  └─ ReplayMismatch                           the algorithm no longer asks what it asked before
 ├─ BackendError(RuntimeError)         exit 1   no worker can be started, nothing can be written
 └─ CandidateError(RuntimeError)                never leaves the scorer; becomes Measurement.status
-   ├─ CandidateTimeout
    ├─ CandidateOutOfMemory
    └─ WorkerLost
 
@@ -31,7 +30,6 @@ __all__ = [
     "BudgetUnreachable",
     "CandidateError",
     "CandidateOutOfMemory",
-    "CandidateTimeout",
     "ConfigError",
     "ConfigMismatch",
     "DataError",
@@ -46,7 +44,12 @@ __all__ = [
     "RunExists",
     "SpaceError",
     "WorkerLost",
+    "first_line",
+    "out_of_memory",
 ]
+
+# A CPU, and the libraries of a GPU, say so in words only.
+_SHORT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 class EvosearchError(Exception):
@@ -125,13 +128,22 @@ class CandidateError(EvosearchError, RuntimeError):
     """One candidate could not be scored. Recorded as a measurement, never raised to a user."""
 
 
-class CandidateTimeout(CandidateError):
-    """Scoring took longer than the recipe allows."""
-
-
 class CandidateOutOfMemory(CandidateError):
     """Scoring ran out of memory, also with half the batch."""
 
 
 class WorkerLost(CandidateError):
     """The worker process that scored the candidate died."""
+
+
+def first_line(exc: BaseException) -> str:
+    """What an exception of somebody else's says first, or what it is if it says nothing."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return lines[0] if lines else repr(exc)
+
+
+def out_of_memory(exc: BaseException) -> bool:
+    """Whether that is what went wrong."""
+    said = isinstance(exc, RuntimeError) and any(words in str(exc) for words in _SHORT_OF_MEMORY)
+    # torch's own is not imported here.
+    return said or isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError"

@@ -23,6 +23,8 @@ from evosearch.errors import (
     EvosearchError,
     NetworkError,
     RunExists,
+    first_line,
+    out_of_memory,
 )
 from evosearch.facts import RunFacts, read_facts
 from evosearch.files import write_atomically
@@ -174,10 +176,11 @@ def _beginning(
         observer.phase("ranking channels")
     try:
         begins = ranked_by_channels(assembled)
-    except NetworkError as exc:
-        if not (left_open or seed_from) or name == RANKING:
+    except (NetworkError, MemoryError, RuntimeError) as exc:
+        may_fail = (left_open or seed_from) and name != RANKING
+        if not may_fail or not (isinstance(exc, NetworkError) or out_of_memory(exc)):
             raise
-        observer.phase(f"the search begins without rankings of channels: {exc}")
+        observer.phase(f"the search begins without rankings of channels: {first_line(exc)}")
         begins = Beginning()
     return replace(begins, seeds=seeds, ranked=()) if seed_from else begins
 

@@ -10,6 +10,7 @@ import importlib.metadata
 import inspect
 import json
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -91,8 +92,14 @@ def versions() -> dict[str, str]:
 
 
 def snapshot_stamp(space: SearchSpace) -> str:
-    """What must be the same for a snapshot of a search to be used: versions, and our own code."""
-    package = Path(__file__).parent
-    sources = [*sorted(package.rglob("*.py")), Path(inspect.getfile(type(space)))]
+    """What must be the same for a snapshot to be used: versions, our own code and the space's."""
+    packages = {Path(__file__).parent}
+    modules = set()
+    for kind in type(space).__mro__:
+        top = kind.__module__.partition(".")[0]
+        if top not in sys.stdlib_module_names:
+            modules.add(Path(inspect.getfile(kind)))
+            packages.update(map(Path, getattr(sys.modules.get(top), "__path__", ())))
+    sources = sorted(modules.union(*(package.rglob("*.py") for package in packages)))
     code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     return json.dumps({**versions(), "code": code}, sort_keys=True)

@@ -19,7 +19,7 @@ from evosearch.ledger import Ledger
 from evosearch.pruning.criteria import channel_scores
 from evosearch.pruning.ranking import importance, losses, savings, thresholds
 from evosearch.recipe import RankingRecipe
-from evosearch.scoring.workload import Workload, samples_of, single_thread
+from evosearch.scoring.workload import Workload, samples_of, settled_batch_size, single_thread
 from evosearch.strategy import Beginning, algorithm_settings, foresight_of
 
 __all__ = ["Ranked", "begins_with_rankings", "rank_channels", "ranked_by_channels", "seeds_of_run"]
@@ -113,7 +113,9 @@ def rank_channels(workload: Workload, rankings: Sequence[RankingRecipe], cost: s
     with single_thread():
         # Gradients need all maps of a batch at once, and batch norm stays as it is.
         some = workload.calibration.take(np.arange(min(_IMAGES, len(workload.calibration))))
-        samples = samples_of(network, some, settings.batch_size, settings.labels)
+        # A GPU's batches may be far too large for this CPU.
+        size = min(settings.batch_size, settled_batch_size(None, network.input.shape))
+        samples = samples_of(network, some, size, settings.labels)
         rows = channel_scores(
             network.module, workload.plan, names, samples, None, settings.coupling
         )

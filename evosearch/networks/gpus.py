@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evosearch.errors import BackendError
+from evosearch.errors import BackendError, first_line
 
 __all__ = ["check_alive", "like_a_cpu", "on_cpu", "sent"]
 
@@ -56,10 +56,9 @@ def check_alive(device: str | torch.device) -> None:
     try:
         torch.cuda.synchronize(device)
     except RuntimeError as exc:
-        first = (str(exc).strip().splitlines() or [repr(exc)])[0]
         raise BackendError(
-            f"the GPU has failed ({first}); nothing that was measured is lost, and the run can be "
-            "resumed, by a new process"
+            f"the GPU has failed ({first_line(exc)}); nothing that was measured is lost, and the "
+            "run can be resumed, by a new process"
         ) from exc
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from evosearch.errors import ConfigError, NetworkError
+from evosearch.errors import ConfigError, NetworkError, first_line
 
 __all__ = [
     "INPUT",
@@ -84,7 +84,7 @@ def exported_program(
                 "torch.export finds the number of images fixed in the network's forward: len(x) "
                 "fixes it, x.shape[0] and flatten(1) do not"
             ) from exc
-        raise NetworkError(f"torch.export cannot follow the network: {_first_line(exc)}") from exc
+        raise NetworkError(f"torch.export cannot follow the network: {first_line(exc)}") from exc
 
 
 def onnx_model(
@@ -122,7 +122,7 @@ def onnx_model(
             )
         model = found.model_proto
     except Exception as exc:  # what an exporter of hundreds of operations may raise
-        raise NetworkError(f"ONNX has no form of the network: {_first_line(exc)}") from exc
+        raise NetworkError(f"ONNX has no form of the network: {first_line(exc)}") from exc
     onnx.helper.set_model_props(model, dict(facts))
     return model
 
@@ -216,15 +216,10 @@ def onnx_runner(model: bytes, threads: int = 1) -> Callable[[Tensor], NDArray[np
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # its errors have no common class
-        raise NetworkError(f"ONNX Runtime refuses the network: {_first_line(exc)}") from exc
+        raise NetworkError(f"ONNX Runtime refuses the network: {first_line(exc)}") from exc
 
     def run(images: Tensor) -> NDArray[np.float32]:
         (found,) = session.run([OUTPUT], {INPUT: images.numpy()})
         return np.asarray(found)
 
     return run
-
-
-def _first_line(exc: Exception) -> str:
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return lines[0] if lines else repr(exc)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from evosearch.errors import NetworkError
+from evosearch.errors import NetworkError, first_line
 from evosearch.networks import Network
 from evosearch.pruning.cutting import CuttingPlan, LayerCut
 from evosearch.pruning.layers import Convolution, Proposal, dimensions, is_channelwise
@@ -166,8 +166,7 @@ def _disagreement(module: nn.Module, plan: CuttingPlan, example: Tensor) -> str 
         plan.cut(module, cut, keep)
         result = cut(example)
     except Exception as exc:  # noqa: BLE001  a user's forward may raise anything
-        first = (str(exc).splitlines() or [type(exc).__name__])[0]
-        return f"after cutting, the forward pass fails: {first}"
+        return f"after cutting, the forward pass fails: {first_line(exc)}"
     wanted = masked(example)
     scale = float(wanted.abs().max()) or 1.0
     tolerance = 1e-6 if example.dtype == torch.float64 else 1e-3

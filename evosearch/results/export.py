@@ -174,7 +174,9 @@ def _frame(records: Records) -> "pd.DataFrame":
     # A column that happens to be empty in this run keeps the type it has in others.
     text = (*_TEXT, *(name for name in records.columns if name.startswith("blend:")))
     types = {
-        **dict.fromkeys(text, "str"),
+        **dict.fromkeys(
+            text, "string"
+        ),  # not `str`, which makes the text "None" of None in pandas 2
         **dict.fromkeys(_NUMBERS, "float64"),
         **dict.fromkeys(_COUNTS, "Int64"),
     }

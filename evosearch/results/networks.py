@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evosearch.assembly import Assembled, assemble, assemble_again
-from evosearch.errors import BackendError, ConfigError, DataError, NetworkError
+from evosearch.errors import BackendError, ConfigError, DataError, NetworkError, out_of_memory
 from evosearch.facts import read_facts
 from evosearch.files import make_parent
 from evosearch.ledger import Ledger
@@ -18,7 +18,7 @@ from evosearch.results.front import Results, Row, read_results
 from evosearch.results.models import read_pruned, save_pruned
 from evosearch.results.preparation import AS_SEARCHED, Preparation
 from evosearch.scoring.devices import local_device
-from evosearch.scoring.scorer import Scorer, out_of_memory
+from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.workload import Workload
 
 __all__ = [

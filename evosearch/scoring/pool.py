@@ -198,13 +198,13 @@ class RayPool:
 
         self._ray = ray
         self._owns_cluster = not ray.is_initialized()
-        with _translated():
-            if self._owns_cluster:
-                _start_cluster(ray, workload, settings)
-            reference = ray.put(workload)
-            remote = _remote_scorer(ray, settings)
-            self._transport = RayTransport(lambda: remote.remote(reference), settings.workers)
         try:
+            with _translated():
+                if self._owns_cluster:
+                    _start_cluster(ray, workload, settings)
+                reference = ray.put(workload)
+                remote = _remote_scorer(ray, settings)
+                self._transport = RayTransport(lambda: remote.remote(reference), settings.workers)
             self._wait_until_ready()
         except BaseException:
             self.close()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 
 from evosearch.data import Images
-from evosearch.errors import CandidateOutOfMemory, NetworkError
+from evosearch.errors import CandidateOutOfMemory, NetworkError, first_line, out_of_memory
 from evosearch.measurement import METRICS, Measurement, Status
 from evosearch.networks import Network, check_alive, like_a_cpu
 from evosearch.policy import Policy
@@ -32,7 +32,7 @@ from evosearch.scoring.racing import Estimate, Race, block_means, rungs
 from evosearch.scoring.repair import distil, refit_head
 from evosearch.scoring.workload import DTYPES, Workload, batches, logits, single_thread
 
-__all__ = ["Scorer", "out_of_memory"]
+__all__ = ["Scorer"]
 
 
 Answers = tuple[Tensor, Tensor]
@@ -43,14 +43,6 @@ _STATISTICS = ("running_mean", "running_var")
 # Normalised images beyond this size are made anew for every policy. Scorers may share a GPU.
 _MAX_KEPT_BYTES = 1 << 28
 _MAX_KEPT_SHARE = 1 / 64
-# A CPU, and the libraries of a GPU, say so in words only.
-_SHORT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
-
-
-def out_of_memory(exc: BaseException) -> bool:
-    """Whether that is what went wrong."""
-    said = isinstance(exc, RuntimeError) and any(words in str(exc) for words in _SHORT_OF_MEMORY)
-    return said or isinstance(exc, MemoryError | torch.OutOfMemoryError)
 
 
 @torch.inference_mode()
@@ -65,10 +57,10 @@ def _check_runs(network: Network, device: str) -> None:
     except (RuntimeError, TypeError) as exc:
         if out_of_memory(exc):
             raise
-        first = (str(exc).strip().splitlines() or [repr(exc)])[0]
         raise NetworkError(
-            f"{network.spec.name} does not run on {device} ({first}); make tensors that its "
-            "forward needs buffers, or on the device of its input, or leave out run.gpus_per_worker"
+            f"{network.spec.name} does not run on {device} ({first_line(exc)}); make tensors that "
+            "its forward needs buffers, or on the device of its input, or leave out "
+            "run.gpus_per_worker"
         ) from exc
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evosearch.data import Images, check_classes
-from evosearch.errors import NetworkError
+from evosearch.errors import NetworkError, first_line
 from evosearch.networks import InputSpec, Network, NetworkSpec, build_module, plain, put_state
 from evosearch.pruning.blending import Blends, comparable, places_of
 from evosearch.pruning.criteria import Samples, channel_scores, criterion_named
@@ -276,8 +276,7 @@ def _check_rounding(
     try:
         rounded = _dense_logits(network, layout, precision, images)
     except (RuntimeError, TypeError) as exc:
-        first = str(exc).strip().splitlines()[0]
-        raise NetworkError(f"{way_out} ({first}); set it to 'float32'") from exc
+        raise NetworkError(f"{way_out} ({first_line(exc)}); set it to 'float32'") from exc
     found = divergence(exact, rounded)
     if not found <= _MAX_ROUNDING:
         raise NetworkError(f"{way_out} (divergence {found:.2g} uncut); set it to 'float32'")

@@ -294,18 +294,24 @@ class Heard:
         """A measurement landed."""
 
 
+@pytest.mark.parametrize("error", [NetworkError, RuntimeError])
 def test_rankings_that_nobody_named_may_fail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
+    said = {
+        NetworkError: "no gradients",
+        RuntimeError: "DefaultCPUAllocator: can't allocate memory",
+    }[error]
+
     def fail(*_: object) -> None:
-        raise NetworkError("no gradients")
+        raise error(said)
 
     monkeypatch.setattr(run, "ranked_by_channels", fail)
     heard = Heard()
     few = {"search.evaluations": 2, "search.baseline": 0}
     recipe = change_recipe(load_recipe("quickstart"), {**FEW, **few}, "a test")
     assert run.launch(recipe, tmp_path / "open", heard).outcome.finished
-    assert "the search begins without rankings of channels: no gradients" in heard.said
+    assert f"the search begins without rankings of channels: {said}" in heard.said
     named = change_recipe(recipe, {"search.rankings": L1}, "a test")
-    with pytest.raises(NetworkError, match="no gradients"):
+    with pytest.raises(error, match=said):
         run.launch(named, tmp_path / "named", heard)

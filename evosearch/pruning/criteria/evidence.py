@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evosearch.data import check_classes
-from evosearch.errors import NetworkError
+from evosearch.errors import NetworkError, first_line, out_of_memory
 from evosearch.pruning.criteria.excitation import train_excitations
 from evosearch.pruning.criteria.gradients import NORM_GRADIENTS, WEIGHT_GRADIENTS
 from evosearch.pruning.criteria.maps import LOOKS
@@ -136,9 +136,11 @@ class _Gradients:
         try:
             gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         except RuntimeError as exc:
-            first = str(exc).strip().splitlines()[0]
+            if out_of_memory(exc):
+                raise
             raise NetworkError(
-                f"criteria that need gradients do not apply, as the network gives none ({first})"
+                "criteria that need gradients do not apply, as the network gives none "
+                f"({first_line(exc)})"
             ) from exc
         told = iter(
             torch.zeros_like(tensor) if gradient is None else gradient
