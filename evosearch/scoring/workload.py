@@ -189,7 +189,9 @@ def settled_calibration_batch(
     return _LEAST_TOGETHER if wish is None and few else wish
 
 
-def _dense_logits(network: Network, layout: Layout, precision: str, images: list[Tensor]) -> Tensor:
+def _dense_logits(
+    network: Network, layout: Layout, precision: str, images: Iterable[Tensor]
+) -> Tensor:
     fast = _dense_copy(network, layout, precision)
     return logits(fast.module, images, fast.dtype)
 
@@ -198,14 +200,15 @@ def _dense_answers(
     network: Network,
     layout: Layout,
     layer: str | None,
-    images: list[Tensor],
+    images: Images,
+    size: int,
     positions: NDArray[np.int64] | None = None,
 ) -> tuple[Tensor, Features]:
-    """Outputs and features of the dense network, in float32."""
+    """Outputs and features of the dense network, in float32, of `size` images at a time."""
     fast = _dense_copy(network, layout, "float32")
-    tap = FeatureTap(fast.module, layer, sum(len(batch) for batch in images), positions)
+    tap = FeatureTap(fast.module, layer, len(images), positions)
     outputs, features = [], []
-    for batch in images:
+    for batch in batches(network, images, size):
         outputs.append(logits(fast.module, [batch]))
         features.append(tap.take(outputs[-1]).cpu())
     values = torch.cat(features).numpy()
@@ -242,10 +245,9 @@ def with_validation(workload: Workload, validation: Images) -> Workload:
     """
     network = workload.network()
     with single_thread():
-        shown = list(batches(network, validation, workload.settings.batch_size))
-        known = workload.features
+        known, size = workload.features, workload.settings.batch_size
         outputs, features = _dense_answers(
-            network, workload.layout, known.layer, shown, known.positions
+            network, workload.layout, known.layer, validation, size, known.positions
         )
     dense = outputs.numpy()
     _check_outputs(dense, validation)
@@ -265,7 +267,7 @@ def _check_outputs(dense: NDArray[np.float32], validation: Images) -> None:
 
 
 def _check_rounding(
-    network: Network, layout: Layout, precision: str, images: list[Tensor], exact: Tensor
+    network: Network, layout: Layout, precision: str, images: Iterable[Tensor], exact: Tensor
 ) -> float:
     """Mean divergence that the precision alone brings to the dense network.
 
@@ -341,7 +343,7 @@ def _look_at(
         first = network.normalise(calibration.pixels[: settings.reconstruction_images])
         targets = targets_of(network.module, layout, first, TARGET_POSITIONS)
     if proxy.needs_teacher:
-        shown = list(batches(network, calibration, size, at_least=True))
+        shown = batches(network, calibration, size, at_least=True)
         teacher = _dense_logits(network, layout, "float32", shown).numpy()
     return _Seen(samples=samples, grams=grams, moments=moments, targets=targets, teacher=teacher)
 
@@ -375,12 +377,13 @@ def prepare_workload(
     with single_thread():
         layer = _feature_layer(network, plan)
         layout = layout_of(network, watched=() if layer is None else (layer,))
-        shown = list(batches(network, validation, settings.batch_size))
-        outputs, features = _dense_answers(network, layout, layer, shown)
+        size = settings.batch_size
+        outputs, features = _dense_answers(network, layout, layer, validation, size)
         dense = outputs.numpy()
         _check_outputs(dense, validation)
         rounding = 0.0
         if settings.precision != "float32":
+            shown = batches(network, validation, size)
             rounding = _check_rounding(network, layout, settings.precision, shown, outputs)
         names = list(dict.fromkeys([settings.criterion, *candidates]))
         needs = {need for name in names for need in criterion_named(name).needs} - {"norms"}
