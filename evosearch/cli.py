@@ -501,7 +501,7 @@ def list_names(
         str,
         typer.Argument(
             help="settings, recipes, spaces, algorithms, criteria, proxies, variants, networks, "
-            "datasets"
+            "datasets, stopwatches"
         ),
     ],
 ) -> None:

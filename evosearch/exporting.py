@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evosearch.errors import ConfigError
-from evosearch.files import write_atomically
+from evosearch.files import PORTABLE, write_atomically
 from evosearch.ledger import Ledger
 from evosearch.results.export import (
     Records,
@@ -19,9 +19,7 @@ from evosearch.results.preparation import AS_SEARCHED, Preparation
 
 __all__ = ["FRONT", "SUFFIXES", "Choice", "export_file"]
 
-# Networks to run without evosearch; as in evosearch.networks.portable, which needs torch.
-_PORTABLE = (".onnx", ".pt2")
-_NETWORKS = (".safetensors", *_PORTABLE)
+_NETWORKS = (".safetensors", *PORTABLE)
 SUFFIXES = (".csv", ".json", ".parquet", ".png", *_NETWORKS)
 
 
@@ -155,8 +153,8 @@ def _export_networks(
     if _is_network(run):
         if policy is not None or preparation:
             raise ConfigError(f"{run} is one network, which is written as it is")
-        if file.suffix not in _PORTABLE:
-            raise ConfigError(f"{run} is a network: FILE must end with {_either(_PORTABLE)}")
+        if file.suffix not in PORTABLE:
+            raise ConfigError(f"{run} is a network: FILE must end with {_either(PORTABLE)}")
         return convert_network(run, file)
     if file.is_dir() or file.suffix not in _NETWORKS:
         return export_front(run, file, suffix, preparation, told)

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from evosearch.errors import BackendError, ConfigError
 
-__all__ = ["make_parent", "write_atomically"]
+__all__ = ["PORTABLE", "make_parent", "write_atomically"]
+
+PORTABLE = (".onnx", ".pt2")
+"""Suffixes of networks that run without evosearch: ONNX, and what torch.export.load reads."""
 
 
 def make_parent(path: Path) -> None:

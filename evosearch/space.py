@@ -2,7 +2,8 @@
 
 A space is anything with the members of `SearchSpace`, made by a factory that is registered under
 the entry-point group `evosearch.spaces` and called with a group table and the options of the
-recipe's `[space]` table. Nothing in evosearch knows a space by name.
+recipe's `[space]` table. Searching knows no space by name; a recipe that names none gets
+`layer-sparsity`, and the options `project_onto` and `round_to` mean the same in every space.
 """
 
 from collections.abc import Callable, Mapping, Sequence

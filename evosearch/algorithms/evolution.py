@@ -1,6 +1,7 @@
 """Differential evolution and NSGA-II. The only module that imports pymoo.
 
-Textbook settings are the defaults, which are not always pymoo's:
+Textbook settings are the defaults, which are not always pymoo's. Only the jitter of F that its GDE3
+and NSDE have, a ten-thousandth of it, is left as it is.
 
 - `de`: DE/rand/1/bin, F = 0.5, CR = 0.9, no mutation besides [Storn1997]. pymoo's default is
   DE/best/1/bin with CR = 0.2 and polynomial mutation.

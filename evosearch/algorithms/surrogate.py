@@ -9,8 +9,8 @@ which explores where the model is unsure; for the others, that of its mean.
 Before that it asks for policies that rankings of channels gave, which are good, and for a first
 population, which is spread; on request for a sweep: each gene alone, and the ladder that follows.
 
-Nothing is kept between asks but what was told, the last fit and the state of one generator, so a
-replay asks for the same.
+What is kept between asks is what was told, the last fit, what is still to be asked of the beginning
+and the state of one generator, so a replay asks for the same.
 
 References:
     [Bradford2018] E. Bradford et al., "Efficient multiobjective optimization employing Gaussian
@@ -150,9 +150,8 @@ class SurrogateSearch(Survivors):
     def restore(self, state: State) -> list[FloatArray]:
         """Goes on from a state; returns the open asks."""
         self._rng = generator_in(state["rng"])
-        # Snapshots of before there were sweeps have neither.
-        self._queue = state["queue"].copy() if "queue" in state else self._queue[:0]
-        if not state.get("sweeping", False):
+        self._queue = state["queue"].copy()
+        if not state["sweeping"]:
             self._sweep = None
         told = Population.of_state(state, "told")
         rows = zip(told.genomes, told.objectives, told.violations, strict=True)

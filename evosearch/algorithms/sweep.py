@@ -28,6 +28,8 @@ _SLOPE = 0.9
 _POWER = 1.5
 # The least rise, as a share of the largest: a sample that shows nothing is no proof of nothing.
 _LEAST = 1e-3
+# Decimals of losses and prices that count.
+_DIGITS = 12
 # All genes together save more than rounding to widths does.
 _SAVING = 0.95
 
@@ -83,7 +85,9 @@ class Sweep:
             for start, end in itertools.pairwise(corners):
                 price = (loss[end] - loss[start]) / (saved[end] - saved[start])
                 # Between two minima of a gene it goes in small steps, for the ladder to be fine.
-                edges += [(float(price), gene, step) for step in range(start + 1, end + 1)]
+                edges += [
+                    (round(float(price), _DIGITS), gene, step) for step in range(start + 1, end + 1)
+                ]
         place = np.zeros(self._n_genes, dtype=np.int64)
         path = [self._grid[place]]
         for _, gene, step in sorted(edges):
@@ -95,7 +99,8 @@ class Sweep:
     def _losses(self, told: FloatArray) -> FloatArray:
         """`(n_genes, n_grid)` of each gene alone."""
         alone = told[1:].reshape(self._n_genes, -1) - told[0]
-        return self._curves(alone) ** _POWER
+        # The last bits of powers differ between processors, and what is asked for must not.
+        return np.round(self._curves(alone) ** _POWER, _DIGITS)
 
     def _alone(self, values: FloatArray) -> FloatArray:
         """`(n_genes, n_values, n_genes)`: each gene at each value, the others at zero."""

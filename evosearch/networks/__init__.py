@@ -12,7 +12,7 @@ from evosearch.networks.loading import (
     plain,
 )
 from evosearch.networks.own import import_own, importing
-from evosearch.networks.portable import PORTABLE, write_portable
+from evosearch.networks.portable import write_portable
 from evosearch.networks.weights import (
     load_into,
     put_state,
@@ -23,7 +23,6 @@ from evosearch.networks.weights import (
 
 __all__ = [
     "BUILT_IN",
-    "PORTABLE",
     "InputSpec",
     "Network",
     "NetworkSpec",

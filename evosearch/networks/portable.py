@@ -20,10 +20,8 @@ from evosearch.networks.onnx_models import (
     serialized,
 )
 
-__all__ = ["PORTABLE", "write_portable"]
+__all__ = ["write_portable"]
 
-PORTABLE = (".onnx", ".pt2")
-"""Suffixes: ONNX, and programs that torch.export.load reads."""
 FACTS = "evosearch.json"
 """Where a program has what is metadata elsewhere, among torch.export.load's extra files."""
 

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from evosearch.errors import NetworkError, PolicyError
+from evosearch.files import PORTABLE
 from evosearch.networks import (
-    PORTABLE,
     InputSpec,
     Network,
     NetworkSpec,

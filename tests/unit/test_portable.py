@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from evosearch.errors import BackendError, ConfigError, NetworkError
-from evosearch.exporting import SUFFIXES
-from evosearch.networks import PORTABLE, NetworkSpec, load_network, write_portable
+from evosearch.networks import NetworkSpec, load_network, write_portable
 from evosearch.networks.onnx_models import (
     exported_program,
     onnx_model,
@@ -140,10 +139,6 @@ def test_a_file_that_computes_something_else_is_not_left(
     with pytest.raises(NetworkError, match=r"a\.onnx: what was written computes something else"):
         write_portable(network, tmp_path / "a.onnx", {})
     assert not list(tmp_path.iterdir())
-
-
-def test_the_command_knows_the_same_suffixes() -> None:
-    assert set(PORTABLE) < set(SUFFIXES)
 
 
 def test_what_hinders_is_told(tmp_path: Path) -> None:

@@ -179,16 +179,6 @@ def test_there_is_no_sweep_where_it_tells_nothing(algorithm) -> None:  # type: i
     assert not alone(genomes).all()
 
 
-def test_a_search_of_before_there_were_sweeps_goes_on_without_one() -> None:
-    algorithm, later = surrogate(space(), sweep=0), surrogate(space())
-    assert isinstance(algorithm, Resumable)
-    assert isinstance(later, Resumable)
-    asked(algorithm, 2)
-    state = {k: v for k, v in algorithm.state().items() if k not in {"queue", "sweeping"}}
-    later.restore(state)
-    assert np.array_equal(asked(later, 2), asked(algorithm, 2))
-
-
 @pytest.mark.parametrize("n_asks", [1, 2, 3])
 def test_a_search_that_is_restored_during_its_sweep_asks_for_the_same(n_asks: int) -> None:
     algorithm, later = surrogate(space()), surrogate(space())
