@@ -6,6 +6,7 @@ stderr. Exit codes: 0 done, 2 bad input, 1 the environment failed, 130 interrupt
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -105,7 +106,8 @@ def _conclude(finished: "Finished") -> None:
             typer.echo(f"{path.suffix[1:]:18s} {path}")
     typer.echo(f"{'run':18s} {finished.directory} ({finished.outcome.reason})")
     if finished.interrupted:
-        typer.echo(f"interrupted; continue with: evosearch resume {finished.directory}", err=True)
+        again = f"evosearch resume {quote(str(finished.directory))}"
+        typer.echo(f"interrupted; continue with: {again}", err=True)
         raise typer.Exit(INTERRUPTED)
 
 

@@ -23,6 +23,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, Self
 
 import numpy as np
@@ -233,7 +234,9 @@ class Ledger:
         """Complete before it has its name: a kill in between leaves no half-made ledger."""
         run = path.parent
         if path.exists():
-            raise RunExists(f"{run} is a run already; `evosearch resume {run}`, or another --out")
+            raise RunExists(
+                f"{run} is a run already; `evosearch resume {quote(str(run))}`, or another --out"
+            )
         for leftover in (*run.glob(f"{_FILE}-*"), *run.glob(f"{_FILE}.*{_SCRATCH}")):
             leftover.unlink(missing_ok=True)
         scratch = run / f"{_FILE}.{os.getpid()}{_SCRATCH}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import Any, Protocol
 
@@ -121,7 +122,9 @@ def new_run_directory(recipe: str) -> Path:
 
 def _check_free(run: Path) -> None:
     if (run / "ledger.sqlite").exists():
-        raise RunExists(f"{run} is a run already; `evosearch resume {run}`, or name another --out")
+        raise RunExists(
+            f"{run} is a run already; `evosearch resume {quote(str(run))}`, or name another --out"
+        )
     # What a launch that was killed at once may leave.
     ours = {LOCK_FILE, *(path.name for path in run.glob("ledger.sqlite.*.tmp"))}
     if run.exists() and (not run.is_dir() or any(p.name not in ours for p in run.iterdir())):

@@ -176,6 +176,11 @@ def check_classes(labels: LabelArray, classes: int, part: str) -> None:
     if most < classes:
         return
     hint = "set network.num_classes, or name the network of these labels"
+    if classes == 1 and most == 1:
+        hint = (
+            "wrap a network with one output for two classes in one with two, such as "
+            "torch.cat([torch.zeros_like(x), x], 1) of its output x"
+        )
     if most == classes and labels.min() > 0:
         hint = "labels count from 0, and these seem to count from 1: subtract it"
     raise DataError(

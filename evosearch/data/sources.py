@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from importlib import resources
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,7 +155,8 @@ class _Files:
 _CHANNELS = (1, 3, 4)
 
 
-def _read_npz(path: Path) -> Images:
+def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Images and labels as an .npz file has them."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             missing = {"images", "labels"} - set(archive.files)
@@ -165,15 +166,26 @@ def _read_npz(path: Path) -> Images:
                     f"(n, height, width, channels) uint8 and labels (n,), found "
                     f"{', '.join(archive.files) or 'nothing'}"
                 )
-            pixels, labels = archive["images"], archive["labels"]
+            return archive["images"], archive["labels"]
     except FileNotFoundError as exc:
         raise DataError(f"data file {path} does not exist") from exc
     except (OSError, ValueError, EOFError, TypeError, zlib.error, zipfile.BadZipFile) as exc:
         if isinstance(exc, DataError):
             raise
-        raise DataError(f"{path} is not a readable .npz file: {exc}") from exc
+        # What numpy says of pickles would have the user turn off a safeguard.
+        if "Object arrays" in str(exc):
+            raise DataError(f"{path}: an array holds objects; wanted numbers") from exc
+        raise DataError(
+            f"{path} is not a readable .npz file: damaged, or a file of another kind; wanted what "
+            "numpy.savez(FILE, images=..., labels=...) writes"
+        ) from exc
+
+
+def _read_npz(path: Path) -> Images:
+    pixels, labels = _arrays(path)
     if not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{path}: labels must be integers, got {labels.dtype}")
+        hint = "; labels.astype(int)" if np.issubdtype(labels.dtype, np.floating) else ""
+        raise DataError(f"{path}: labels must be integers, got {labels.dtype}{hint}")
     if pixels.ndim == 3:
         pixels = pixels[..., np.newaxis]
     if pixels.ndim == 4 and pixels.shape[1] in _CHANNELS and pixels.shape[3] not in _CHANNELS:

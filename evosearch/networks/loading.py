@@ -135,7 +135,6 @@ def _call(name: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) 
     return module if all(t.dtype == torch.float32 for t in numbers) else module.float()
 
 
-@torch.no_grad()
 def plain(module: nn.Module) -> nn.Module:
     """A network of plain tensors: weights that are computed anew at each call become what they are.
 
@@ -146,15 +145,29 @@ def plain(module: nn.Module) -> nn.Module:
         module: In evaluation mode; changed.
     """
     for layer in module.modules():
-        for hook in list(layer._forward_pre_hooks.values()):
-            if isinstance(hook, WeightNorm):
-                remove_weight_norm(layer, hook.name)
-            elif isinstance(hook, SpectralNorm):
-                remove_spectral_norm(layer, hook.name)
+        with torch.no_grad():
+            for hook in list(layer._forward_pre_hooks.values()):
+                if isinstance(hook, WeightNorm):
+                    remove_weight_norm(layer, hook.name)
+                elif isinstance(hook, SpectralNorm):
+                    remove_spectral_norm(layer, hook.name)
         if parametrize.is_parametrized(layer):
             for name in list(layer.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+                _fix(layer, name)
     return module
+
+
+def _fix(layer: nn.Module, name: str) -> None:
+    """Makes what a parametrization computes a tensor, a parameter if it was made of some."""
+    originals = layer.parametrizations[name].parameters(recurse=False)  # type: ignore[index,union-attr]
+    learned = [original.requires_grad for original in originals]
+    with torch.no_grad():
+        parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+    found = getattr(layer, name)
+    # torch leaves a buffer where a weight was made of several.
+    if learned and not isinstance(found, nn.Parameter):
+        delattr(layer, name)
+        layer.register_parameter(name, nn.Parameter(found.detach(), requires_grad=any(learned)))
 
 
 def is_own(name: str) -> bool:
@@ -314,6 +327,12 @@ def load_network(spec: NetworkSpec, image_shape: tuple[int, int, int] | None = N
     channels = input_spec.shape[0]
     for key, values in (("mean", input_spec.mean), ("std", input_spec.std)):
         if len(values) != channels:
+            if key not in said and image_shape is not None:
+                raise NetworkError(
+                    f"the images have {channels} channels, and network.{key} is left out and then "
+                    f"ImageNet's, of {len(values)}; give images with the {len(values)} channels "
+                    "that the network takes, or name network.mean and network.std"
+                )
             left = "" if key in said else ", as it is left out and then ImageNet's"
             raise NetworkError(
                 f"network.{key} needs one number per input channel ({channels}), got "

@@ -1,13 +1,17 @@
 """Reading and writing weights: safetensors, or a state dict that needs no unpickling of code."""
 
+import argparse
 import json
 import pickle
+import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -19,6 +23,23 @@ from evosearch.files import write_atomically
 __all__ = ["load_into", "put_state", "read_weights", "save_weights", "weights_path"]
 
 _SHIPPED = "shipped:"
+_COUNTER = "num_batches_tracked"
+# Where trainers put the network's state among other things, the most usual first.
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "weights", "params")
+# Settings and numbers that trainers keep beside it; making one runs no code of the file's. What
+# makes those of numpy has moved about, and goes by both names.
+_MAKERS = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.empty(0).__reduce__()[0]}
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    np.ndarray,
+    *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64, np.bool_)),
+    *(
+        (maker, f"numpy.{core}.multiarray.{name}")
+        for name, maker in _MAKERS.items()
+        for core in ("core", "_core")
+    ),
+]
 
 
 def weights_path(weights: str) -> Path:
@@ -44,7 +65,8 @@ def weights_path(weights: str) -> Path:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a state dict and the metadata that came with it.
 
-    A dict under the key `state_dict` or `model` is unwrapped.
+    A checkpoint may hold it beside other things: under the key `state_dict`, `model` or one of a
+    few more, or as the only dict of tensors in it.
 
     Returns:
         The tensors by name, and the metadata (empty unless the file is safetensors).
@@ -61,24 +83,52 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols in damaged files
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_HARMLESS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as exc:  # garbage makes the unpickler raise almost anything
         if isinstance(exc, pickle.UnpicklingError) and "GLOBAL" in str(exc):
+            named = re.search(r"GLOBAL ([\w.]+)", str(exc))
             raise NetworkError(
-                f"{path} holds more than tensors, and loading it would run its code; "
-                "save network.state_dict() alone, not the network, and nothing beside it"
+                f"{path} holds {named[1] if named else 'objects'}, and loading that would run its "
+                "code; save network.state_dict() rather than the network, alone or beside numbers "
+                "and text"
             ) from exc
         # What torch says is about its own options, and would have the user turn off a safeguard.
         raise NetworkError(
             f"{path} is not a readable state dict: damaged, or a file of another kind; wanted "
             "safetensors or what torch.save(network.state_dict(), ...) wrote"
         ) from exc
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise NetworkError(f"{path} is not a state dict: wanted tensors by name")
-    return {str(k): v for k, v in content.items()}, {}
+    return _unwrapped(content, path), {}
+
+
+def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
+    """The state dict in what a file holds.
+
+    Raises:
+        NetworkError: There is none, or which is meant cannot be told.
+    """
+    if _is_state(content):
+        return {str(name): tensor for name, tensor in content.items()}
+    inner = content if isinstance(content, Mapping) else {}
+    # As some trainers do: {"model": {"state_dict": ...}}.
+    deeper = [name for name in _WRAPPERS if isinstance(inner.get(name), Mapping)]
+    states = [name for name, value in inner.items() if _is_state(value)]
+    chosen = [*deeper, *(states if len(states) == 1 else [])][:1]
+    if chosen:
+        return _unwrapped(inner[chosen[0]], path)
+    found = f", found {', '.join(map(str, list(inner)[:6]))}" if inner else ""
+    raise NetworkError(
+        f"{path} is not a state dict: wanted tensors by name, or a dict of them under "
+        f"{' or '.join(_WRAPPERS[:2])}{found}"
+    )
+
+
+def _is_state(content: object) -> TypeGuard[Mapping[object, Tensor]]:
+    return (
+        isinstance(content, Mapping)
+        and bool(content)
+        and all(isinstance(value, Tensor) for value in content.values())
+    )
 
 
 def _without_prefix(
@@ -87,8 +137,18 @@ def _without_prefix(
     """Removes what wrappers put in front of all names, where that helps.
 
     `module.` is of data-parallel training, `_orig_mod.` of `torch.compile`; a trainer has the
-    network's name in it.
+    network's name in it. What a trainer has beside the network is left out, where the network is
+    whole under one name.
     """
+    needed = {name for name in expected if not name.endswith(_COUNTER)}
+    if not needed <= state.keys():
+        whole = [
+            inner
+            for prefix in dict.fromkeys(_prefixes(state))
+            if needed <= (inner := _under(prefix, state)).keys()
+        ]
+        if len(whole) == 1:
+            return whole[0]
 
     def fitting(names: Iterable[str]) -> int:
         return sum(name in expected for name in names)
@@ -101,6 +161,18 @@ def _without_prefix(
     return best
 
 
+def _prefixes(names: Iterable[str]) -> Iterator[str]:
+    """All beginnings of names that end with a dot."""
+    for name in names:
+        parts = name.split(".")
+        yield from (".".join(parts[:count]) + "." for count in range(1, len(parts)))
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without that."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
 def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Copies a state dict into a network whose tensors must have the same names and shapes.
 
@@ -110,7 +182,7 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
     expected = module.state_dict()
     state = _without_prefix(expected, state)
     # Counters of batch norm are absent from old files and mean nothing for inference.
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    missing = [k for k in expected if k not in state and not k.endswith(_COUNTER)]
     surplus = [k for k in state if k not in expected]
     shapes = [
         f"{k} is {tuple(state[k].shape)}, wanted {tuple(expected[k].shape)}"

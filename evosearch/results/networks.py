@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from evosearch.assembly import Assembled, assemble, assemble_again
@@ -52,7 +53,8 @@ def chosen_row(results: Results, digits: str | None, run: Path) -> Row:
         if len(results.front) == 1:
             return results.front[0]
         raise ConfigError(
-            f"name the network with --policy; `evosearch export {run} front.csv` lists them"
+            f"name the network with --policy; `evosearch export {quote(str(run))} front.csv` "
+            "lists them"
         )
     # What the search dropped early, the ladder may have measured in full: the later entry wins.
     rows = sorted((*results.baseline, *results.rows), key=lambda row: row.status is Status.OK)

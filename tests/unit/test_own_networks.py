@@ -17,6 +17,7 @@ from evosearch.networks import (
     check_repeatable,
     load_into,
     load_network,
+    plain,
     save_weights,
 )
 from evosearch.pruning.cutting import Cutter
@@ -109,12 +110,22 @@ def test_wrapped_networks_compute_the_same_and_can_be_cut(name: str) -> None:
     with torch.no_grad():
         wanted = made(images.to(next(made.parameters()).dtype)).float()
         torch.testing.assert_close(network.module(images), wanted, rtol=1e-5, atol=1e-5)
+    learned = {name for name, _ in network.module.named_parameters()}
+    assert learned == {name for name, _ in Net().named_parameters()}
+    assert all(tensor.requires_grad for tensor in network.module.parameters())
     plan = trace(network)
     assert [group.channels for group in plan.table.groups] == [8, 12]
     keep = np.ones(21, dtype=np.bool_)
     keep[:4] = False
     cut = Cutter(plan, network.module).cut(keep)
     assert cut(images).shape == (3, 10)
+
+
+def test_weights_that_were_kept_from_training_are_kept_from_it_still() -> None:
+    made = parametrized().eval().requires_grad_(False)
+    fixed = dict(plain(made).named_parameters())
+    assert {"a.weight", "b.weight"} <= fixed.keys()
+    assert not any(tensor.requires_grad for tensor in fixed.values())
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
@@ -198,6 +209,11 @@ def test_names_that_fit_as_they_are_stay() -> None:
     state = {name: value + 1 for name, value in module.state_dict().items()}
     load_into(module, state, "w.pt")
     assert torch.equal(module.state_dict()["module.a.weight"], state["module.a.weight"])
+
+
+def test_images_of_more_channels_than_the_network_takes_are_told_from_a_wrong_mean() -> None:
+    with pytest.raises(NetworkError, match=r"the images have 4 channels, .* 3 channels that"):
+        load_network(NetworkSpec(name=f"{__name__}:Net"), (16, 16, 4))
 
 
 def test_normalisation_that_was_left_out_is_said_to_be_imagenets() -> None:
