@@ -28,6 +28,7 @@ def doubts_about(recipe: Recipe, goals: Goals, workload: Workload, dense_error: 
     latency = workload.plan.table.latency
     return [
         *_about_network(workload, dense_error),
+        *_about_constraints(goals),
         *_about_distortion(goals, workload),
         *([] if latency is None else _about_latency(recipe, latency)),
         *_about_precision(recipe),
@@ -48,6 +49,15 @@ def _about_network(workload: Workload, dense_error: float) -> list[str]:
         f"warning: the dense network is right on {right:.1%} of the validation images, and "
         f"guessing on {chance:.1%}; check network.weights, network.mean and network.std, "
         "and the order of the classes"
+    ]
+
+
+def _about_constraints(goals: Goals) -> list[str]:
+    return [
+        f"warning: search.constraints: {constraint} always holds, as {constraint.name} is a share "
+        "of the dense network's"
+        for constraint in goals.cost_constraints
+        if constraint.name != "latency" and constraint.bound >= 1
     ]
 
 

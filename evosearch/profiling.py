@@ -212,10 +212,12 @@ def _input_lines(recipe: Recipe, found: Profile) -> list[str]:
         seen.append(f"cropped after padding by {shown.crop_padding}")
     if shown.flip:
         seen.append("mirrored")
+    height, width = shown.shape[1:]
+    fitted = f", fitted to {height}x{width}" if recipe.data.name == "image-folder" else ""
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (shown.mean, shown.std))
     return [
         f"images      {found.images[0]} for calibration, {found.images[1]} for validation, of "
-        f"{recipe.data.name}; dense top-1 {found.dense_top1:.2%}",
+        f"{recipe.data.name}{fitted}; dense top-1 {found.dense_top1:.2%}",
         f"normalised  (pixel / 255 - mean) / std; mean {mean}; std {std}",
         f"training    images were {' and '.join(seen) or 'neither cropped nor mirrored'}; so are "
         "those for calibration",

@@ -13,6 +13,8 @@ from evosearch.results.front import Results, Row
 __all__ = ["fidelity_table", "front_table", "hypervolume_lines"]
 
 _MAX_ROWS = 24
+# A search of fewer policies has seen little but what it begins with.
+_HARDLY_BEGUN = 50
 # Metrics of how far a network is from the dense one.
 _DISTANCES = ("divergence", "distortion")
 _TIMED = "timed"
@@ -107,6 +109,9 @@ def hypervolume_lines(results: Results) -> list[str]:
         ratios = "ratio" if len(results.baseline) == 1 else "ratios"
         ladder = f"{len(results.baseline)} {'pure criteria and ' if blends else ''}{ratios}"
         lines.append(f"uniform baseline   {baseline:.4f}  ({ladder}, same proxy)")
+        if baseline > results.hypervolume() and len(results.rows) < _HARDLY_BEGUN:
+            begun = f"{len(results.rows)} policies are a beginning"
+            lines.append(f"{'':18s} {begun}: resume with more --evaluations")
     optimism, checked = results.optimism(), results.checked_hypervolume()
     if results.check is not None and optimism is not None and checked is not None:
         lines.append(

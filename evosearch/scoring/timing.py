@@ -225,16 +225,21 @@ def _seconds(clock: _Clock, cutter: Cutter, keep: IntArray) -> float:
     if clock.own:
         module = copy.deepcopy(module)  # a user may move it to another device
     try:
-        found = float(clock.stopwatch(module, clock.images))
+        found = clock.stopwatch(module, clock.images)
     except ConfigError:
         raise
     except Exception as exc:
         if clock.own:
             raise ConfigError(f"latency.measure failed with {exc!r}") from exc
         return math.inf
-    if not 0 < found < math.inf:
-        raise ConfigError(f"latency.measure must return seconds above 0, got {found}")
-    return found
+    # A number of numpy or torch is as good; what a user's function returns may be anything.
+    try:
+        seconds = float(found)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"latency.measure must return seconds above 0, got {found!r}")
+    return seconds
 
 
 @contextmanager

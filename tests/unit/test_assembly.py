@@ -163,6 +163,16 @@ def test_few_images_are_doubted_where_distortion_is_that_of_outputs() -> None:
     assert assemble(recipe(network=trained)).doubts() == []
 
 
+def test_bounds_that_always_hold_are_doubted() -> None:
+    bounds = ["macs <= 50", "params <= 0.5", "error <= 2"]
+    doubts = assemble(recipe(search={"constraints": bounds})).doubts()
+    said = [doubt for doubt in doubts if "search.constraints" in doubt]
+    assert said == [
+        "warning: search.constraints: macs <= 50 always holds, as macs is a share of the dense "
+        "network's"
+    ]
+
+
 def test_profile_shows_what_is_done_to_images() -> None:
     plain = recipe(
         network={"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.24, 0.26]},
@@ -209,6 +219,10 @@ def test_profile_tells_how_fast_the_network_can_become() -> None:
 
 def seconds_by_weights(module: nn.Module, images: torch.Tensor) -> float:
     return 1e-6 * len(images) * sum(p.numel() for p in module.parameters() if p.ndim > 1)
+
+
+def forgetful(_module: nn.Module, _images: torch.Tensor) -> None:
+    """Prints what it measured."""
 
 
 def never(_module: nn.Module, _images: torch.Tensor) -> float:
@@ -262,6 +276,7 @@ def test_a_budget_of_time_is_spent() -> None:
         (f"{__name__}:Made", r"latency\.measure failed with TypeError"),
         (f"{__name__}:recipe_text", "is no function, but a str"),
         (f"{__name__}:instant", r"must return seconds above 0, got 0\.0"),
+        (f"{__name__}:forgetful", r"must return seconds above 0, got None"),
     ],
 )
 def test_a_wrong_stopwatch_is_refused_by_its_field(measure: str, sentence: str) -> None:

@@ -285,3 +285,15 @@ def test_clock_that_is_gone_does_not_withhold_the_front(tmp_path: Path) -> None:
     assert not resume(run, observer).interrupted
     assert any("the front was not timed: latency.measure" in said for said in observer.phases)
     assert all(row.timed is None for row in of_run(run)[0].rows)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_search_of_few_policies_that_is_behind_is_said_to_have_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    run = tmp_path / "run"
+    launch(recipe_of(check=0), run, Silent())
+    results = of_run(run)[0]
+    monkeypatch.setattr(Results, "baseline_hypervolume", lambda _: 0.0 if ahead else 1.0)
+    told = "\n".join(hypervolume_lines(results))
+    assert ("12 policies are a beginning: resume with more --evaluations" in told) is not ahead
