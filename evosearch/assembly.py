@@ -25,7 +25,7 @@ from evosearch.facts import RunFacts, check_same
 from evosearch.latency import BLOCK, LatencyModel, minds_odd_widths
 from evosearch.materials import ImageSets, network_and_images
 from evosearch.networks import Network
-from evosearch.pruning.blending import cluster_groups
+from evosearch.pruning.blending import Blends, cluster_groups
 from evosearch.pruning.criteria import applicable_criteria, criterion_named
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.groups import trace
@@ -169,20 +169,8 @@ def assemble(
         EvosearchError: Something does not; names the field, group or file.
     """
     goals = goals_of(recipe)
-    with _naming("proxy.name"):
-        proxy_named(recipe.proxy.name)
-    with _naming("proxy.criterion"):
-        criterion_named(recipe.proxy.criterion)
-    with _naming("search.rankings"):
-        for ranking in recipe.search.rankings or ():
-            criterion_named(ranking.criterion)
-    run = recipe.run
-    check_devices(run.workers, run.gpus_per_worker, run.ray_address)
-    if run.gpus_per_worker > 0 and recipe.proxy.precision == "auto" and not gpus_here():
-        raise ConfigError(
-            "proxy.precision: what the GPUs of the cluster compute in cannot be seen from here; "
-            "set it to bfloat16, which those of since 2020 do, or to float32"
-        )
+    _check_names(recipe)
+    _check_where(recipe)
     network, image_sets = network_and_images(recipe)
     plan = trace(network)
     options: Mapping[str, Any] = {k: v for k, v in recipe.space.items() if k != "name"}
@@ -212,16 +200,7 @@ def assemble(
             wish.comparison if wish else "rank",
         )
     if wish is not None and facts is not None and workload.blends is not None:
-        facts = replace(
-            facts,
-            clusters=cluster_groups(
-                facts.names,
-                workload.blends.scores,
-                plan.table,
-                wish.clusters,
-                plan.table.units(wish.sharing),
-            ),
-        )
+        facts = _clustered(facts, wish, workload.blends, plan.table)
         space = make_space(recipe.space["name"], plan.table, options, facts)
     return Assembled(
         recipe=recipe,
@@ -231,6 +210,28 @@ def assemble(
         check=image_sets.check,
         criteria=facts,
     )
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Refuses names of proxies and criteria that there are not, before anything is loaded."""
+    with _naming("proxy.name"):
+        proxy_named(recipe.proxy.name)
+    with _naming("proxy.criterion"):
+        criterion_named(recipe.proxy.criterion)
+    with _naming("search.rankings"):
+        for ranking in recipe.search.rankings or ():
+            criterion_named(ranking.criterion)
+
+
+def _check_where(recipe: Recipe) -> None:
+    """Refuses workers and GPUs that there are not."""
+    run = recipe.run
+    check_devices(run.workers, run.gpus_per_worker, run.ray_address)
+    if run.gpus_per_worker > 0 and recipe.proxy.precision == "auto" and not gpus_here():
+        raise ConfigError(
+            "proxy.precision: what the GPUs of the cluster compute in cannot be seen from here; "
+            "set it to bfloat16, which those of since 2020 do, or to float32"
+        )
 
 
 def assemble_again(recorded: RunFacts, recipe: Recipe, run: Path) -> Assembled:
@@ -376,6 +377,16 @@ def _unclustered(wish: CriteriaWish, plan: CuttingPlan, default: str) -> Criteri
     return CriteriaFacts(
         names=wish.names, default=default, clusters=((wish.names,),) * len(plan.table.groups)
     )
+
+
+def _clustered(
+    facts: CriteriaFacts, wish: CriteriaWish, blends: Blends, table: GroupTable
+) -> CriteriaFacts:
+    """Facts with the clusters that the criteria's scores form."""
+    clusters = cluster_groups(
+        facts.names, blends.scores, table, wish.clusters, table.units(wish.sharing)
+    )
+    return replace(facts, clusters=clusters)
 
 
 @contextmanager
