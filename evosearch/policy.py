@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from evosearch.errors import PolicyError
 
-__all__ = ["Blend", "Policy"]
+__all__ = ["Blend", "Policy", "widths_of"]
 
 # Per group, criteria with their weights.
 Blend = tuple[tuple[tuple[str, int], ...], ...]
@@ -94,3 +97,9 @@ class Policy:
     def digest(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical JSON: the policy's name."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def widths_of(policies: Sequence[Policy], n_groups: int) -> NDArray[np.int64]:
+    """`(n, n_groups)` kept channels of n policies, which may be none."""
+    keep = np.array([policy.keep for policy in policies], dtype=np.int64)
+    return keep.reshape(len(policies), n_groups)

@@ -18,7 +18,7 @@ from evosearch.algorithms import (
     settled_algorithm,
     settled_population,
 )
-from evosearch.policy import Policy
+from evosearch.policy import Policy, widths_of
 from evosearch.pruning.table import GroupTable
 from evosearch.recipe import Recipe
 from evosearch.scoring.objectives import Constraint, Goals
@@ -92,8 +92,7 @@ def foresight_of(
         )
 
     def guess(policies: Sequence[Policy]) -> NDArray[np.float64]:
-        keep = np.array([policy.keep for policy in policies], dtype=np.int64)
-        keep = keep.reshape(len(policies), len(guesses))
+        keep = widths_of(policies, len(guesses))
         lost = [group[kept] for group, kept in zip(guesses, keep.T, strict=True)]
         return np.asarray(np.sum(lost, axis=0))
 

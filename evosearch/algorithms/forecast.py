@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from evosearch.algorithms.base import State
 from evosearch.algorithms.foresight import Foresight, Known
 from evosearch.algorithms.gaussian import GaussianProcess
-from evosearch.policy import Policy
+from evosearch.policy import Policy, widths_of
 from evosearch.space import SearchSpace
 
 __all__ = ["Forecaster", "Told"]
@@ -94,8 +94,7 @@ class Forecaster:
 
     def points(self, policies: Sequence[Policy], known: Known) -> FloatArray:
         """`(n, n_free_groups)` coordinates, or one more."""
-        keep = np.array([policy.keep for policy in policies], dtype=np.float64)
-        keep = keep.reshape(len(policies), self._n_groups)
+        keep = widths_of(policies, self._n_groups)
         points = (np.log(keep[:, self._groups]) - self._low) / self._span
         if known.loss is None:
             return np.asarray(points)

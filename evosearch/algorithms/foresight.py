@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from evosearch.pareto import total_violation
 from evosearch.policy import Policy
 
 __all__ = ["Foresight", "Known", "nothing_known"]
 
 FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,6 +31,11 @@ class Known:
     violations: FloatArray
     cost: FloatArray
     loss: FloatArray | None = None
+
+    @property
+    def affordable(self) -> BoolArray:
+        """`(n,)`: whether all constraints hold that can be known."""
+        return np.asarray(total_violation(np.nan_to_num(self.violations, nan=0.0)) <= 0)
 
 
 Foresight = Callable[[Sequence[Policy]], Known]

@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evosearch.algorithms.foresight import Foresight
-from evosearch.pareto import total_violation
 from evosearch.policy import Policy
 from evosearch.space import SearchSpace, unique_rows
 
-__all__ = ["halves", "initial_population", "ranked_genomes"]
+__all__ = ["evenly", "halves", "initial_population", "ranked_genomes"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -105,9 +104,14 @@ def _spread(cost: FloatArray, n: int | None) -> list[int]:
     """Rows of about n even steps from the highest to the lowest cost, or all; by halves."""
     if n is None:
         return halves(len(cost))
-    wanted = np.linspace(cost.max(), cost.min(), n + 2)[1:-1]
-    nearest: list[int] = np.abs(cost - wanted[:, None]).argmin(axis=1)[halves(n)].tolist()
+    nearest: list[int] = evenly(cost, n)[halves(n)].tolist()
     return nearest
+
+
+def evenly(cost: FloatArray, n: int) -> IntArray:
+    """`(n,)` rows whose costs are nearest to n even steps between the highest and the lowest."""
+    wanted = np.linspace(cost.max(), cost.min(), n + 2)[1:-1]
+    return np.asarray(np.abs(cost - wanted[:, None]).argmin(axis=1))
 
 
 def _spends(space: SearchSpace) -> bool:
@@ -144,8 +148,7 @@ def _rungs(
         order = np.argsort((np.abs(kept - wished) / high).sum(axis=1), kind="stable")
         genomes, decoded = genomes[order], [decoded[row] for row in order]
     known = foresight(decoded)
-    affordable = total_violation(np.nan_to_num(known.violations, nan=0.0)) <= 0
-    return genomes[affordable], known.cost[affordable]
+    return genomes[known.affordable], known.cost[known.affordable]
 
 
 def halves(n: int) -> list[int]:

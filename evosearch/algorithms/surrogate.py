@@ -30,6 +30,7 @@ from evosearch.algorithms.foresight import Foresight
 from evosearch.algorithms.improvement import Improvement
 from evosearch.algorithms.levels import LevelMoves, MoveOptions
 from evosearch.algorithms.options import check_range
+from evosearch.algorithms.seeding import evenly
 from evosearch.algorithms.sweep import Sweep
 from evosearch.pareto import total_violation
 from evosearch.policy import Policy
@@ -168,8 +169,7 @@ class SurrogateSearch(Survivors):
     def _begin(self, sweep: Sweep) -> None:
         """Has a sweep measured, unless that is over budget or would tell nothing."""
         known = self._foresight(self._space.decode(sweep.genomes))
-        affordable = total_violation(np.nan_to_num(known.violations, nan=0.0)) <= 0
-        if sweep.saves and affordable.all() and np.isnan(known.objectives).any():
+        if sweep.saves and known.affordable.all() and np.isnan(known.objectives).any():
             self._sweep, self._queue = sweep, np.concatenate([self._queue, sweep.genomes])
 
     def _end_sweep(self) -> bool:
@@ -183,8 +183,7 @@ class SurrogateSearch(Survivors):
         path = self._sweep.path(np.array([self._told[p][1][measured] for p in policies]))
         rungs = self._space.decode(path)
         cost = self._foresight(rungs).cost
-        wanted = np.linspace(cost.max(), cost.min(), self._space.n_genes + 2)[1:-1]
-        nearest = np.abs(cost - wanted[:, None]).argmin(axis=1)
+        nearest = evenly(cost, self._space.n_genes)
         fresh = [row for row in dict.fromkeys(nearest) if rungs[row] not in self._asked]
         self._sweep, self._queue = None, path[fresh]
         return True
@@ -197,8 +196,7 @@ class SurrogateSearch(Survivors):
         """Fits the models to what was really measured."""
         policies = list(self._told)
         archive = self._archive()
-        foreseen = self._foresight(policies).violations
-        affordable = total_violation(np.nan_to_num(foreseen, nan=0.0)) <= 0
+        affordable = self._foresight(policies).affordable
         usable = np.flatnonzero(affordable & (archive.violations < _FAILED).all(axis=1))
         most = int(self._options.points)
         if len(usable) > most:

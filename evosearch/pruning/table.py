@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from evosearch.checks import check_shape
 from evosearch.errors import PolicyError
 from evosearch.latency import AxisWidth, LatencyModel, LayerShape
-from evosearch.policy import Policy
+from evosearch.policy import Policy, widths_of
 
 __all__ = ["Axis", "FixedGroup", "Group", "GroupTable", "LayerCost"]
 
@@ -274,8 +274,7 @@ class GroupTable:
         return self.shares(self._keep_of(policies))
 
     def _keep_of(self, policies: Sequence[Policy]) -> IntArray:
-        keep = np.array([policy.keep for policy in policies], dtype=np.int64)
-        return keep.reshape(len(policies), len(self.groups))
+        return widths_of(policies, len(self.groups))
 
     def shapes(self) -> tuple[tuple[AxisWidth, ...], tuple[LayerShape, ...]]:
         """What the time of a forward pass hangs on: widths of all axes, layers that multiply."""
