@@ -6,6 +6,7 @@ Both give bit-identical measurements on one machine; where scoring runs is a det
 import contextlib
 import logging
 import os
+import pickle
 import re
 import socket
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -274,12 +275,6 @@ def _start_cluster(ray: Any, workload: Workload, settings: PoolSettings) -> None
     if settings.ray_address is not None:
         ray.init(address=settings.ray_address, **common)
         return
-    arrays = workload.calibration.pixels.nbytes + workload.validation.pixels.nbytes
-    held = [*workload.grams.values(), *workload.state.values()]
-    held += [moments.covariance for moments in workload.moments.values()]
-    arrays += sum(array.nbytes for array in held)
-    arrays += workload.teacher.nbytes
-    arrays += sum(target.values.nbytes for target in workload.targets.values())
     ray.init(
         # Asked for by name: a bare init would attach to whatever RAY_ADDRESS says.
         address="local",
@@ -287,9 +282,16 @@ def _start_cluster(ray: Any, workload: Workload, settings: PoolSettings) -> None
         num_gpus=gpus_here() if settings.gpus_per_worker > 0 else 0,
         include_dashboard=False,
         # The default is 30% of memory, more than /dev/shm holds in many containers.
-        object_store_memory=max(80 << 20, 2 * arrays + (64 << 20)),
+        object_store_memory=max(80 << 20, 2 * _size(workload) + (64 << 20)),
         **common,
     )
+
+
+def _size(workload: Workload) -> int:
+    """Bytes that a workload takes when it is sent."""
+    arrays: list[pickle.PickleBuffer] = []
+    rest = pickle.dumps(workload, protocol=5, buffer_callback=arrays.append)
+    return len(rest) + sum(array.raw().nbytes for array in arrays)
 
 
 def _remote_scorer(ray: Any, settings: PoolSettings) -> Any:
