@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evosearch.fidelity import statistics
 from evosearch.fidelity.comparison import Comparison, compare
 from evosearch.fidelity.journal import Journal
 from evosearch.measurement import Status
@@ -20,14 +21,19 @@ def table() -> GroupTable:
     return trace(load_network(NetworkSpec(name="resnet20", input_shape=(3, 32, 32)))).table
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "RESAMPLES", 50)
+
+
 def compared(
     folder: Path, table: GroupTable, lacking: Iterable[tuple[str, str]] = (), seeds: int = 1
 ) -> Comparison:
-    """Two sets of 20 policies, three variants; of `lacking` sets one policy has no such score."""
+    """Two sets of 12 policies, three variants; of `lacking` sets one policy has no such score."""
     rng = np.random.default_rng(0)
-    widths = rng.integers(4, 17, (40, len(table.groups)))
+    widths = rng.integers(4, 17, (24, len(table.groups)))
     policies = [Policy(tuple(map(int, row))) for row in widths]
-    sets = {"random": policies[:20], "elite": policies[20:]}
+    sets = {"random": policies[:12], "elite": policies[12:]}
     holes = {(name, variant, 3) for name, variant in lacking}
     with Journal.open(folder, {}) as journal:
         for name, mine in sets.items():
