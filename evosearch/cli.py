@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from evosearch.run import Finished
 
 INTERRUPTED = 130
+# Each epoch of a training has a seed of its own, a million to each of these.
+_SEEDS = 10**12
 
 app = typer.Typer(
     name="evosearch",
@@ -373,8 +375,14 @@ def train(
     batch_size: Annotated[int, typer.Option(min=2, help="Images per step")] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate, above 0")] = 0.1,
     weight_decay: Annotated[float, typer.Option(min=0, help="L2 penalty")] = 5e-4,
+    crop_padding: Annotated[
+        int | None, typer.Option(min=0, help="Of random crops [the catalogue's; 4 for your own]")
+    ] = None,
+    flip: Annotated[
+        bool | None, typer.Option(help="Mirror half of the images [the catalogue's; else yes]")
+    ] = None,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and crops")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_SEEDS, help="Of weights, order and crops")] = 0,
     threads: Threads = None,
     device: Device = "auto",
     data_root: Annotated[Path, typer.Option(help="Folder of the data set")] = Path("data"),
@@ -392,11 +400,21 @@ def train(
     from evosearch.data import SourceOptions
     from evosearch.networks import NetworkSpec
     from evosearch.training import TrainSettings
-    from evosearch.training.command import train_baseline
+    from evosearch.training.command import augmented, train_baseline
 
+    spec = NetworkSpec(name=network, num_classes=num_classes)
+    plain = TrainSettings(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        precision=precision,
+        seed=seed,
+        threads=threads,
+    )
     try:
         trained = train_baseline(
-            NetworkSpec(name=network, num_classes=num_classes),
+            spec,
             data,
             SourceOptions(
                 root=data_root,
@@ -405,15 +423,7 @@ def train(
                 held_out=held_out,
                 official_order=official_order or None,
             ),
-            TrainSettings(
-                epochs=epochs,
-                batch_size=batch_size,
-                lr=lr,
-                weight_decay=weight_decay,
-                precision=precision,
-                seed=seed,
-                threads=threads,
-            ),
+            augmented(plain, spec, crop_padding, flip),
             out,
             device=device,
             report=_stderr,
@@ -457,7 +467,7 @@ def finetune(
         ),
     ] = None,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or auto")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of order and crops")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_SEEDS, help="Of order and crops")] = 0,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:

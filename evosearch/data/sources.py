@@ -146,7 +146,8 @@ class _Files:
                             image.convert("RGB"), (width, height), Image.Resampling.BILINEAR
                         )
                     )
-            except (OSError, SyntaxError) as exc:  # Pillow raises both for broken files
+            # Pillow raises the first two for broken files, the last for enormous ones.
+            except (OSError, SyntaxError, Image.DecompressionBombError) as exc:
                 raise DataError(f"{self.paths[index]} is not a readable image: {exc}") from exc
         return Images(pixels, self.labels[indices])
 

@@ -223,7 +223,14 @@ def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, object]) 
         ConfigError: The file cannot have that name.
         BackendError: The file cannot be written.
     """
-    tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, value in module.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        # A weight that goes by two names is written twice: the format has none that are shared.
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in places else tensor
+        places.add(place)
     try:
         # Not by safetensors' own writer, which ignores the user's umask.
         content = save(tensors, {k: json.dumps(v) for k, v in metadata.items()})

@@ -52,13 +52,17 @@ def loaded_factor(block: Tensor, ridge: float) -> Tensor:
     Args:
         block: `(n, n)` float64; the load is added to it in place.
         ridge: The load, as a share of the diagonal's mean.
+
+    Returns:
+        `(n, n)`; NaN if there is none all the same.
     """
-    # Never zero, so that equal or dead channels can still be factorised; with it the factor exists,
-    # and nobody needs to wait for a GPU to say so.
+    # Never next to nothing, so that equal or dead channels can still be factorised.
     load = (max(ridge, _LEAST_RIDGE) * block.diagonal().mean()).clamp_min(_LEAST_LOAD)
     block.diagonal().add_(load)
-    factor: Tensor = torch.linalg.cholesky_ex(block)[0]
-    return factor
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(block)
+    # Nobody waits for a GPU to say so: a measurement that is not finite is a failure with a reason.
+    return torch.where(failed == 0, factor, torch.nan)
 
 
 @dataclass(frozen=True, eq=False)

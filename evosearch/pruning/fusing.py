@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evosearch.errors import NetworkError
 from evosearch.pruning.sampling import output_size, pads_with_zeros
-from evosearch.pruning.watching import RELU, Activation, Watch
+from evosearch.pruning.watching import IN_PLACE, RELU, Activation, Watch
 
 __all__ = ["Fused", "Tail", "can_fuse", "convolve", "tails_of"]
 
@@ -162,7 +162,8 @@ class Fused:
         with Watch(added=self._added, activated=self._activation):
             return self._inner(*args, **kwargs)
 
-    def _visit(self, visited: _Visited, x: Tensor) -> Tensor:
+    def _visit(self, visited: _Visited, *args: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*args, *named.values())
         if visited.waits:
             blank = visited.blank(x)
             self._pending[id(blank)] = (visited, x, blank)
@@ -183,20 +184,30 @@ class Fused:
         return output
 
     def _added(self, func: Any, left: Tensor, right: Tensor) -> Tensor | None:
-        for tensor, other in ((left, right), (right, left)):
-            if id(tensor) in self._pending:
-                visited, x, _ = self._pending.pop(id(tensor))
-                return self._sum(func, visited, x, other)
+        if id(left) in self._pending:
+            visited, x, blank = self._pending.pop(id(left))
+            result, activation = self._sum(visited, x, right, lambda output: func(output, right))
+            # What was added to in place goes by its name from then on.
+            result = blank.set_(result) if func in IN_PLACE else result  # type: ignore[call-overload]
+            return self._noted(result, activation)
+        if id(right) in self._pending:
+            visited, x, _ = self._pending.pop(id(right))
+            if func in IN_PLACE:
+                output = self._prepare(visited.name, x, left) if self._prepare else None
+                added: Tensor = func(left, visited.plain(x) if output is None else output)
+                return added
+            return self._noted(*self._sum(visited, x, left, lambda output: func(left, output)))
         return None
 
-    def _sum(self, func: Any, visited: _Visited, x: Tensor, other: Tensor) -> Tensor:
+    def _sum(
+        self, visited: _Visited, x: Tensor, other: Tensor, add: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Activation | None]:
+        """The sum, and the activation that it has been through."""
         output = self._prepare(visited.name, x, other) if self._prepare else None
         tail = visited.tail
         if output is None and tail is not None and tail.added and _has_one_layout(other):
-            added = convolve(visited.layer, x, other, tail.activation)
-            return self._noted(added, tail.activation)
-        result: Tensor = func(visited.plain(x) if output is None else output, other)
-        return result
+            return convolve(visited.layer, x, other, tail.activation), tail.activation
+        return add(visited.plain(x) if output is None else output), None
 
     def _activation(
         self, activation: Activation, _call: Callable[[], Tensor], tensor: Tensor

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from evosearch.pruning.compensation import loaded_factor
 from evosearch.pruning.cutting import CuttingPlan, on_device
 from evosearch.pruning.folding import Layout
-from evosearch.pruning.sampling import output_size, pads_with_zeros
+from evosearch.pruning.sampling import is_linear, output_size, pads_with_zeros
 from evosearch.pruning.statistics import run_watched, shared_tensor
 
 __all__ = ["Moments", "PatchCompensator", "patch_moments"]
@@ -63,7 +63,7 @@ def _readable(layer: nn.Module) -> bool:
     if isinstance(layer, nn.Conv2d):
         short = layer.weight[0].numel() <= _LONGEST
         return layer.groups == 1 and short and pads_with_zeros(layer)
-    return isinstance(layer, nn.Linear) and layer.in_features <= _LONGEST
+    return isinstance(layer, nn.Linear) and is_linear(layer) and layer.in_features <= _LONGEST
 
 
 def _step(height: int, width: int) -> int:
@@ -79,6 +79,8 @@ class _PatchHook:
         self.count = 0
         self.total = torch.zeros(())
         self.products = torch.zeros(())
+        # What float32 has digits for is how patches differ, not how far they are from zero.
+        self.centre = torch.zeros(())
 
     def __call__(self, module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         x = next(iter((*inputs, *named.values()))).detach()
@@ -95,13 +97,17 @@ class _PatchHook:
             )
         else:
             rows = x.reshape(-1, x.shape[-1])
+        if not self.count:
+            self.centre = rows.mean(0)
+        rows = rows - self.centre
         self.count += len(rows)
         self.total = self.total + rows.sum(0).double()
         self.products = self.products + (rows.T @ rows).double()
 
     def moments(self) -> Moments:
         mean = self.total / self.count
-        return Moments(mean.numpy(), (self.products / self.count - torch.outer(mean, mean)).numpy())
+        covariance = self.products / self.count - torch.outer(mean, mean)
+        return Moments((mean + self.centre).numpy(), covariance.numpy())
 
 
 def patch_moments(

@@ -271,9 +271,15 @@ def _write_scaled(layer: Any, norm: Any, solved: _Scaled) -> None:
     if norm is not None and norm.affine:
         norm.weight.mul_(solved.scale)
         norm.bias.mul_(solved.scale).add_(solved.shift)
-    elif norm is None:
-        layer.weight.mul_(solved.scale.view(-1, *[1] * (layer.weight.ndim - 1)))
-        layer.bias.mul_(solved.scale).add_(solved.shift)
+        return
+    layer.weight.mul_(solved.scale.view(-1, *[1] * (layer.weight.ndim - 1)))
+    if layer.bias is not None:
+        layer.bias.mul_(solved.scale)
+    if norm is None:
+        layer.bias.add_(solved.shift)
+    else:  # one that only normalises: its mean takes the shift
+        deviation = torch.sqrt(norm.running_var + norm.eps)
+        norm.running_mean.mul_(solved.scale).sub_(solved.shift * deviation)
 
 
 def _write_fitted(layer: Any, norm: Any, solved: _Fitted) -> None:

@@ -12,6 +12,7 @@ __all__ = [
     "Sampler",
     "drawn_positions",
     "flat_weight",
+    "is_linear",
     "output_size",
     "pads_with_zeros",
     "places_of_output",
@@ -19,10 +20,21 @@ __all__ = [
 ]
 
 
+def is_linear(layer: nn.Module) -> bool:
+    """Whether it is a linear layer that computes what torch's does."""
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+
+
 def pads_with_zeros(layer: nn.Module) -> bool:
-    """Whether it is a two-dimensional convolution that does so by numbers, not by a name."""
+    """Whether it is a two-dimensional convolution that does so by numbers, not by a name.
+
+    A class of its own that pads or scales in its forward is none: from its weight and its input
+    nobody could say what it returns.
+    """
     return (
         isinstance(layer, nn.Conv2d)
+        and type(layer).forward is nn.Conv2d.forward
+        and type(layer)._conv_forward is nn.Conv2d._conv_forward
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
     )

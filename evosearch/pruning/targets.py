@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evosearch.pruning.folding import FastCopy, Layout
-from evosearch.pruning.sampling import Sampler, drawn_positions, pads_with_zeros, places_of_output
+from evosearch.pruning.sampling import (
+    Sampler,
+    drawn_positions,
+    is_linear,
+    pads_with_zeros,
+    places_of_output,
+)
 from evosearch.pruning.watching import Watch
 
 __all__ = ["Target", "targets_of"]
@@ -34,7 +40,7 @@ class Target:
 
 
 def _fitted(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or pads_with_zeros(layer)
+    return is_linear(layer) or pads_with_zeros(layer)
 
 
 class _Recorder:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["RELU", "Activated", "Activation", "Watch"]
+__all__ = ["IN_PLACE", "RELU", "Activated", "Activation", "Watch"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ _ADDITIONS = {
     torch.Tensor.__add__,
     torch.Tensor.__iadd__,
 }
+IN_PLACE = {torch.Tensor.add_, torch.Tensor.__iadd__}
 _RELU6 = Activation("hardtanh", (0.0, 6.0))
 _HARDTANH = Activation("hardtanh", (-1.0, 1.0))
 _LEAKY_RELU = Activation("leaky_relu", (0.01,))

@@ -32,7 +32,11 @@ def refit_head(
         Weight `(n_classes, n_features)` and bias `(n_classes,)`, float32.
     """
     seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _layer, given: seen.append(given[0].float()))
+
+    def note(_layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        seen.append(next(iter((*given, *named.values()))).float())
+
+    handle = head.register_forward_pre_hook(note, with_kwargs=True)
     try:
         for batch in inputs:
             module(batch)

@@ -5,6 +5,7 @@ again sees the same batches. The weights of the last epoch are kept: no epoch is
 at held-out or test images.
 """
 
+import copy
 import csv
 import math
 import time
@@ -20,7 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evosearch.data import Images, augment
-from evosearch.errors import BackendError, ConfigError
+from evosearch.errors import (
+    BackendError,
+    ConfigError,
+    NetworkError,
+    first_line,
+    out_of_memory,
+)
 from evosearch.files import write_atomically
 from evosearch.networks import Network, like_a_cpu, sent
 
@@ -28,6 +35,8 @@ __all__ = [
     "Checkpoint",
     "EpochLog",
     "TrainSettings",
+    "channels_last",
+    "check_trains",
     "make_optimiser",
     "top1",
     "train",
@@ -57,7 +66,7 @@ class TrainSettings:
             with 1 labels are not looked at.
         temperature: Divides both outputs where they are compared (Hinton, Vinyals and Dean, 2015).
         crop_padding: Zero padding before the random crop; 0 turns cropping off.
-        flip: Mirror half of the images.
+        flip: Mirror half of the images. A digit or a letter must not be.
         precision: `float32`, or `bfloat16` (autocast; weights stay float32).
         seed: Of initial weights, order and augmentation.
         threads: CPU threads of torch; None leaves that to torch. Other numbers of threads round
@@ -144,7 +153,7 @@ def top1(network: Network, images: Images, batch_size: int = 500) -> float:
             logits = network.module(network.normalise(images.pixels[part], device))
         labels = torch.from_numpy(images.labels[part]).to(device)
         hits += int((logits.argmax(1) == labels).sum())
-    return hits / len(images)
+    return hits / len(images) if len(images) else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +187,8 @@ class Checkpoint:
             raise ConfigError(
                 f"{self.path} is damaged and cannot be continued; remove the file to start over"
             ) from exc
+        if not isinstance(state, dict) or not {"settings", "module", "log"} <= state.keys():
+            raise ConfigError(f"{self.path} is no checkpoint of a training; remove the file")
         # What an earlier version did not know is what it did without.
         before = {**asdict(TrainSettings()), **state["settings"]}
         # The number of threads changes speed and rounding, not what is trained.
@@ -230,6 +241,39 @@ def trainable(module: nn.Module, like: nn.Module | None = None) -> nn.Module:
         if parameter.is_floating_point():
             parameter.requires_grad_(flags.get(name, True))
     return module
+
+
+def channels_last(module: nn.Module) -> nn.Module:
+    """The same network, filters of two dimensions in the order that convolutions are fastest in."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return module
+
+
+def check_trains(network: Network) -> None:
+    """Checks that a network runs as it does while it is trained; its statistics stay as they are.
+
+    Raises:
+        NetworkError: It does not: heads that are used in training alone are not cut, say.
+    """
+    module = copy.deepcopy(network.module).train()
+    device = next(module.parameters()).device
+    how = "if it has auxiliary heads, leave them out: network.arguments = { aux_logits = false }"
+    try:
+        with torch.no_grad():
+            outputs = module(network.example(2).to(device))
+    except RuntimeError as exc:
+        if out_of_memory(exc):
+            raise
+        raise NetworkError(
+            f"{network.spec.name} does not run in training mode ({first_line(exc)}); {how}"
+        ) from exc
+    if not isinstance(outputs, Tensor):
+        raise NetworkError(
+            f"{network.spec.name} returns {type(outputs).__name__} in training mode, wanted one "
+            f"tensor of logits; {how}"
+        )
 
 
 def make_optimiser(module: nn.Module, settings: TrainSettings) -> torch.optim.SGD:
@@ -357,9 +401,10 @@ def train(
         )
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    module = network.module.to(memory_format=torch.channels_last)
+    module = channels_last(network.module)
     if teacher is not None:
-        teacher.to(memory_format=torch.channels_last)
+        channels_last(teacher)
+    check_trains(network)
     optimiser = make_optimiser(module, settings)
     log = checkpoint.load(settings, module, optimiser) if checkpoint else []
     for epoch in range(len(log), settings.epochs):

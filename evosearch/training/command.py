@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from evosearch.data import ImagePool, Images, SourceOptions, open_source
 from evosearch.errors import ConfigError
 from evosearch.files import make_parent, write_atomically
-from evosearch.networks import NetworkSpec, build_module, load_network, save_weights
+from evosearch.networks import NetworkSpec, build_module, is_own, load_network, save_weights
 from evosearch.training.baseline import Checkpoint, EpochLog, TrainSettings, top1, train, write_log
 from evosearch.training.devices import on_device, training_device
 
@@ -24,6 +24,7 @@ CHECKPOINT = ".checkpoint.pt"
 __all__ = [
     "CHECKPOINT",
     "Trained",
+    "augmented",
     "check_result",
     "how_trained",
     "train_baseline",
@@ -84,6 +85,24 @@ def write_records(file: Path, log: list[EpochLog], facts: Mapping[str, Any]) -> 
     return log_path, record
 
 
+def augmented(
+    settings: TrainSettings, spec: NetworkSpec, crop_padding: int | None, flip: bool | None
+) -> TrainSettings:
+    """Settings that crop and mirror as is said, else as the catalogue has it of the network.
+
+    Of a user's own network nothing is known: then it is as the settings say.
+
+    Raises:
+        NetworkError: The network cannot be made.
+    """
+    usual = settings if is_own(spec.name) else build_module(spec)[1]
+    return replace(
+        settings,
+        crop_padding=usual.crop_padding if crop_padding is None else crop_padding,
+        flip=usual.flip if flip is None else flip,
+    )
+
+
 def train_baseline(
     spec: NetworkSpec,
     data: str,
@@ -108,7 +127,9 @@ def train_baseline(
     check_result(out, "--out")
     device = training_device(device)
     # The network first: images may have to be fetched.
-    build_module(spec)
+    _, usual = build_module(spec)
+    if data == "image-folder" and not is_own(spec.name):
+        options = replace(options, image_size=usual.shape[1:])
     source = open_source(data, options)
     images, held_out = whole(source.training()), whole(source.held_out())
     if images.labels.max() >= spec.num_classes:

@@ -12,7 +12,14 @@ from torch.nn import functional as F
 
 from evosearch.data import Images
 from evosearch.networks import Network, like_a_cpu
-from evosearch.training.baseline import TrainSettings, make_optimiser, train_epoch, trainable
+from evosearch.training.baseline import (
+    TrainSettings,
+    channels_last,
+    check_trains,
+    make_optimiser,
+    train_epoch,
+    trainable,
+)
 
 __all__ = ["evaluate", "finetune"]
 
@@ -33,13 +40,15 @@ def finetune(
 
     Raises:
         ConfigError: The loss became infinite.
+        NetworkError: The network does not run in training mode.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads or before)
-    module = trainable(network.module).to(memory_format=torch.channels_last)
+    module = channels_last(trainable(network.module))
     if teacher is not None:
-        teacher.to(memory_format=torch.channels_last)
+        channels_last(teacher)
     try:
+        check_trains(network)
         optimiser = make_optimiser(module, settings)
         loss = np.nan
         for epoch in range(settings.epochs):
