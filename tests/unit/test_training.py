@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from evosearch.data import Images, open_source
-from evosearch.errors import BackendError, ConfigError
+from evosearch.errors import BackendError, ConfigError, NetworkError
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.training import Checkpoint, TrainSettings, train
 from evosearch.training.baseline import _loss, trainable
+from evosearch.training.command import augmented
 from evosearch.training.devices import training_device
+from evosearch.training.finetune import finetune
 
 TINY = Path(__file__).parents[1] / "integration" / "tiny.py"
 SETTINGS = TrainSettings(epochs=2, batch_size=64, lr=0.05, warmup_epochs=0.0, distillation=0.9)
@@ -191,3 +193,71 @@ def test_damaged_checkpoint_is_told(small: Network, images: Images, tmp_path: Pa
     (tmp_path / "c.pt").touch()
     with pytest.raises(ConfigError, match=r"c\.pt is damaged and cannot be continued"):
         trained(small, images, checkpoint=Checkpoint(path=tmp_path / "c.pt"))
+
+
+class Helped(nn.Module):
+    """Has a head that helps while it is trained, and is not there later."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, num_classes)
+        self.aux = nn.Linear(8, num_classes)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.conv(x).relu().mean((2, 3))
+        return (self.fc(x), self.aux(x)) if self.training else self.fc(x)
+
+
+class Deep(nn.Module):
+    """Convolutions of three dimensions, over pictures that are one deep."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv3d(3, 8, (1, 3, 3)), nn.Linear(8, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.conv(x.unsqueeze(2)).relu().mean((2, 3, 4)))
+
+
+def own(name: str) -> Network:
+    return load_network(NetworkSpec(name=f"{__name__}:{name}"), (32, 32, 3))
+
+
+@pytest.mark.parametrize("how", [train, finetune])
+def test_a_head_for_training_alone_is_told(images: Images, how: Any) -> None:
+    held_out = [images] if how is train else []
+    with pytest.raises(NetworkError, match=r"returns tuple in training mode.*aux_logits = false"):
+        how(own("Helped"), images, *held_out, SETTINGS)
+
+
+def test_networks_of_three_dimensions_are_trained(images: Images) -> None:
+    network = own("Deep")
+    before = network.module.conv.weight.detach().clone()  # type: ignore[union-attr, operator]
+    finetune(network, images, replace(SETTINGS, epochs=1))
+    assert not torch.equal(network.module.conv.weight, before)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "wanted"),
+    [
+        ("lenet-5", (None, None), (0, False)),
+        ("resnet20", (None, None), (4, True)),
+        (f"{__name__}:Deep", (None, None), (4, True)),
+        ("lenet-5", (2, True), (2, True)),
+        ("resnet20", (0, False), (0, False)),
+    ],
+)
+def test_images_are_cropped_and_mirrored_as_the_network_is_known_for(
+    name: str, said: tuple[int | None, bool | None], wanted: tuple[int, bool]
+) -> None:
+    found = augmented(SETTINGS, NetworkSpec(name=name), *said)
+    assert (found.crop_padding, found.flip) == wanted
+
+
+def test_another_file_of_torch_is_no_checkpoint(
+    small: Network, images: Images, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.checkpoint.pt"
+    torch.save({"weights": torch.ones(1)}, file)
+    with pytest.raises(ConfigError, match=r"a\.checkpoint\.pt is no checkpoint of a training"):
+        train(small, images, images, SETTINGS, checkpoint=Checkpoint(path=file))

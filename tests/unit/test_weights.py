@@ -50,6 +50,17 @@ def test_saved_weights_come_back(tmp_path: Path) -> None:
     assert all(torch.equal(wanted[key], found[key]) for key in wanted)
 
 
+def test_weights_that_go_by_two_names_are_written_for_both(tmp_path: Path) -> None:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    module = nn.ModuleDict({"a": first, "b": second, "c": first})
+    save_weights(tmp_path / "w.safetensors", module, {})
+    state, _ = read_weights(tmp_path / "w.safetensors")
+    wanted = module.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[key], wanted[key]) for key in wanted)
+
+
 def test_normalisation_comes_back_from_the_metadata(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_weights(path, lenet().module, {"shape": (1, 28, 28), "mean": (0.25,), "std": (0.75,)})
