@@ -1,8 +1,11 @@
 """From the name of a network to the network: built in, torchvision's, or a user's own."""
 
+import functools
 import inspect
 import json
 import math
+import sys
+import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +30,7 @@ __all__ = [
     "Network",
     "NetworkSpec",
     "build_module",
+    "check_makes_networks",
     "check_repeatable",
     "is_own",
     "load_network",
@@ -89,6 +93,10 @@ class Network:
         return (images - sent(centre, device)) * sent(scale, device)
 
 
+# Packages whose functions make networks.
+_OF_NETWORKS = ("timm.models", "torchvision.models")
+
+
 def _torchvision_factory(name: str) -> Callable[..., nn.Module] | None:
     from torchvision import models
 
@@ -109,6 +117,54 @@ def _own_factory(name: str) -> Callable[..., nn.Module]:
     if not callable(factory):
         raise NetworkError(f"network {name!r}: {place} has no function or class {attribute!r}")
     return factory  # type: ignore[no-any-return]
+
+
+def check_makes_networks(name: str) -> None:
+    """Checks that what a file names as the maker of its network is one, before it is called.
+
+    A file may come from anywhere, and a name in it may be that of any function there is. Classes of
+    networks make networks; so do the functions of libraries that hold nothing else, and those that
+    a user wrote. What came with Python, or was installed, is left alone.
+
+    Args:
+        name: `module:factory` or `path/to/file.py:factory`.
+
+    Raises:
+        NetworkError: It is not, or cannot be imported.
+    """
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py"):
+        foreign = _installed(Path(place))
+    else:
+        foreign = place.partition(".")[0] in sys.stdlib_module_names
+    # Importing what was installed may do something, too.
+    if foreign or not _makes_networks(_own_factory(name)):
+        raise NetworkError(
+            f"it names {attribute} of {place} as what makes its network, which is neither yours "
+            "nor a class of networks, and is not called for a file's sake"
+        )
+
+
+def _makes_networks(factory: Callable[..., Any]) -> bool:
+    """Whether it is a class of networks, of a library of them, or a user's own."""
+    made = factory.func if isinstance(factory, functools.partial) else factory
+    kind = made if isinstance(made, type) or inspect.isroutine(made) else type(made)
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return True
+    if getattr(kind, "__module__", "").startswith(_OF_NETWORKS):
+        return True
+    try:
+        return not _installed(Path(inspect.getfile(kind)))
+    except TypeError:  # of C
+        return False
+
+
+def _installed(path: Path) -> bool:
+    """Whether a file came with Python or was installed, rather than written here."""
+    path = path.resolve()
+    places = (sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
+    of_python = any(path.is_relative_to(Path(place).resolve()) for place in places if place)
+    return of_python or not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
 
 
 def _call(name: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> nn.Module:

@@ -2,7 +2,8 @@
 
 The file holds the narrowed tensors, and in its metadata how the dense architecture is made and
 which channel counts were kept. Loading makes the architecture, narrows it to those counts and
-fills it; nothing is unpickled.
+fills it; nothing is unpickled. The code that makes it is the reader's own: a name in the file says
+which, and is followed only to what makes networks.
 """
 
 import json
@@ -24,6 +25,7 @@ from evosearch.networks import (
     Network,
     NetworkSpec,
     build_module,
+    check_makes_networks,
     is_own,
     load_into,
     plain,
@@ -220,6 +222,8 @@ def _dense(
         name, factory = getattr(network, "__qualname__", repr(network)), network
     spec = NetworkSpec(name=name, num_classes=pruned.num_classes, arguments=pruned.arguments)
     try:
+        if network is None and is_own(name):
+            check_makes_networks(name)
         module, _ = build_module(spec, factory)
     except NetworkError as exc:
         if network is not None or not is_own(name):

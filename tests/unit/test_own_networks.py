@@ -1,5 +1,7 @@
 """Networks that people have: what they are wrapped in, and what cannot be pruned like that."""
 
+import functools
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from evosearch.assembly import assemble
 from evosearch.errors import DataError, NetworkError
 from evosearch.networks import (
     NetworkSpec,
+    check_makes_networks,
     check_repeatable,
     load_into,
     load_network,
@@ -214,6 +217,50 @@ def test_names_that_fit_as_they_are_stay() -> None:
 def test_images_of_more_channels_than_the_network_takes_are_told_from_a_wrong_mean() -> None:
     with pytest.raises(NetworkError, match=r"the images have 4 channels, .* 3 channels that"):
         load_network(NetworkSpec(name=f"{__name__}:Net"), (16, 16, 4))
+
+
+def borrowed(*_: object, **__: object) -> nn.Module:
+    return Net()
+
+
+PARTIAL = functools.partial(borrowed, 1)
+FOREIGN = os.system
+
+
+@pytest.mark.parametrize("name", ["Net", "borrowed", "PARTIAL"])
+@pytest.mark.parametrize("place", [__name__, __file__])
+def test_a_file_may_name_classes_of_networks_and_what_a_user_wrote(place: str, name: str) -> None:
+    check_makes_networks(f"{place}:{name}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("os:system", "subprocess:run", "builtins:exec", "torch.hub:load", "torch:load"),
+        *("numpy:load", f"{os.__file__}:system", f"{__name__}:FOREIGN", f"{__file__}:FOREIGN"),
+    ],
+)
+def test_no_other_function_is_called_because_a_file_names_it(name: str, tmp_path: Path) -> None:
+    with pytest.raises(NetworkError, match="is not called for a file's sake"):
+        check_makes_networks(name)
+
+
+def test_a_file_that_names_a_command_is_refused_before_that_is_run(tmp_path: Path) -> None:
+    file, done = tmp_path / "n.safetensors", tmp_path / "done"
+    facts = {
+        "network": "os:system",
+        "num_classes": 10,
+        "arguments": {"command": f"touch {done}"},
+        "shape": [3, 16, 16],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "groups": [["a", 8]],
+        "keep": [4],
+    }
+    save_weights(file, Net(), facts)
+    with pytest.raises(NetworkError, match=r"system of os .* load_pruned\(file, network=\.\.\.\)"):
+        load_pruned(file)
+    assert not done.exists()
 
 
 def test_normalisation_that_was_left_out_is_said_to_be_imagenets() -> None:
