@@ -83,6 +83,13 @@ class _Builder:
         kernel = int(layer.weight[0, 0].numel())
         groups = 1 if isinstance(layer, nn.Linear) else layer.groups
         bias = 0 if layer.bias is None else 1
+        # A class of its own may have more, such as a gain for each output.
+        width = dimensions(layer)[0]
+        bias += sum(
+            tensor.numel() // width
+            for key, tensor in layer.named_parameters(recurse=False)
+            if key not in {"weight", "bias"} and tensor.shape[:1] == (width,)
+        )
         if groups > 1:
             # Every output channel reads in_channels / groups inputs, whatever a policy keeps.
             kernel *= int(layer.weight.shape[1])

@@ -94,7 +94,8 @@ class LayerCost:
         name: Name of the layer.
         in_axis, out_axis: Indices into the table's axes; None if the width is not counted.
         macs: Multiply-accumulates per pair of channels: kernel size times output positions.
-        weights: Weights per pair of channels: kernel size.
+        weights: Weights per pair of channels: kernel size, times the inputs of a group where there
+            are several; 0 where they are an earlier layer's.
         per_output: Further parameters per output channel: bias, batch-norm scale and shift.
     """
 

@@ -23,6 +23,7 @@ from evosearch.networks import (
     plain,
     save_weights,
 )
+from evosearch.policy import Policy
 from evosearch.pruning.cutting import Cutter
 from evosearch.pruning.groups import trace
 from evosearch.recipe import check_recipe
@@ -217,6 +218,35 @@ def test_names_that_fit_as_they_are_stay() -> None:
 def test_images_of_more_channels_than_the_network_takes_are_told_from_a_wrong_mean() -> None:
     with pytest.raises(NetworkError, match=r"the images have 4 channels, .* 3 channels that"):
         load_network(NetworkSpec(name=f"{__name__}:Net"), (16, 16, 4))
+
+
+class Gain(nn.Conv2d):
+    """Has a parameter beside its weight, of each output."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3)
+        self.gain = nn.Parameter(torch.rand(outputs, 1, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight * self.gain, self.bias)
+
+
+class Gained(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = Gain(8, 12)
+
+
+def test_parameters_that_a_layer_has_beside_its_weight_are_counted_and_cut() -> None:
+    network = load_network(spec("Gained"))
+    plan = trace(network)
+    for kept in (8, 5):
+        policy = Policy((kept, kept))
+        keep = np.ones(21, dtype=np.bool_)
+        keep[kept:8] = keep[8 + kept : 20] = False
+        cut = Cutter(plan, network.module).cut(keep)
+        count = sum(tensor.numel() for tensor in cut.parameters())
+        assert plan.table.costs_of([policy])[1][0] == count
 
 
 def borrowed(*_: object, **__: object) -> nn.Module:

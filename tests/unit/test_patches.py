@@ -171,3 +171,23 @@ def test_positions_are_spread_over_all_columns_and_rows(side: int) -> None:
 def test_long_patches_are_left_to_the_channels() -> None:
     network, plan = network_of(nn.Conv2d(12, 5, 21, padding=10))
     assert "consumer" not in patch_moments(network.module, plan, [batch(2)])
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_patches_far_from_zero_are_told_apart_as_well(offset: float) -> None:
+    torch.manual_seed(0)
+    # 64 maps of 27 numbers, so that most of them follow from the others.
+    module = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 16, 3), nn.Flatten(), nn.Linear(16 * 196, 10)
+    ).eval()
+    with torch.no_grad():
+        module[0].bias.fill_(offset)  # type: ignore[union-attr, operator]
+    shown = InputSpec(shape=(3, 16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
+    network = Network(spec=NetworkSpec(name="offset"), module=module, input=shown)
+    plan = trace(network)
+    images = torch.randn(64, 3, 16, 16)
+    moments = patch_moments(module, plan, [images[:32], images[32:]])
+    covariance = torch.from_numpy(moments["1"].covariance)
+    least = float(torch.linalg.eigvalsh(covariance)[0] / covariance.diagonal().mean())
+    assert least > -1e-5
+    assert float((torch.from_numpy(moments["1"].mean) - offset).abs().mean()) < 1.0 + offset / 3
