@@ -375,6 +375,10 @@ def train(
     batch_size: Annotated[int, typer.Option(min=2, help="Images per step")] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate, above 0")] = 0.1,
     weight_decay: Annotated[float, typer.Option(min=0, help="L2 penalty")] = 5e-4,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side that image files are fitted to [the network's; 224]"),
+    ] = None,
     crop_padding: Annotated[
         int | None, typer.Option(min=0, help="Of random crops [the catalogue's; 4 for your own]")
     ] = None,
@@ -400,7 +404,7 @@ def train(
     from evosearch.data import SourceOptions
     from evosearch.networks import NetworkSpec
     from evosearch.training import TrainSettings
-    from evosearch.training.command import augmented, train_baseline
+    from evosearch.training.command import augmented, image_size_for, train_baseline
 
     spec = NetworkSpec(name=network, num_classes=num_classes)
     plain = TrainSettings(
@@ -422,6 +426,7 @@ def train(
                 test_path=test_data,
                 held_out=held_out,
                 official_order=official_order or None,
+                image_size=image_size_for(spec, image_size),
             ),
             augmented(plain, spec, crop_padding, flip),
             out,

@@ -27,6 +27,7 @@ __all__ = [
     "augmented",
     "check_result",
     "how_trained",
+    "image_size_for",
     "train_baseline",
     "whole",
     "write_records",
@@ -103,6 +104,25 @@ def augmented(
     )
 
 
+def image_size_for(spec: NetworkSpec, side: int | None) -> tuple[int, int]:
+    """Height and width that image files are fitted to: as is said, else what the network takes.
+
+    A user's own network is in no catalogue: it is taken for one of ImageNet, as in a search.
+
+    Raises:
+        NetworkError: The network cannot be made.
+    """
+    _, height, width = build_module(spec)[1].shape
+    return (height, width) if side is None else (side, side)
+
+
+def _has_test(data: str, options: SourceOptions) -> bool:
+    """Whether there are test images: arrays and folders may come without."""
+    if data == "image-folder":
+        return (options.root / "test").is_dir()
+    return options.test_path is not None or not data.endswith(".npz")
+
+
 def train_baseline(
     spec: NetworkSpec,
     data: str,
@@ -127,9 +147,7 @@ def train_baseline(
     check_result(out, "--out")
     device = training_device(device)
     # The network first: images may have to be fetched.
-    _, usual = build_module(spec)
-    if data == "image-folder" and not is_own(spec.name):
-        options = replace(options, image_size=usual.shape[1:])
+    build_module(spec)
     source = open_source(data, options)
     images, held_out = whole(source.training()), whole(source.held_out())
     if images.labels.max() >= spec.num_classes:
@@ -148,9 +166,7 @@ def train_baseline(
     about = {"network": str(spec), "images": images.digest()}
     checkpoint = Checkpoint(path=out.with_suffix(CHECKPOINT), about=about)
     log = train(network, images, held_out, settings, checkpoint=checkpoint, report=report)
-    # Whose arrays come without test images has none.
-    tested = options.test_path is not None or not data.endswith(".npz")
-    test_top1 = top1(network, whole(source.test())) if tested else None
+    test_top1 = top1(network, whole(source.test())) if _has_test(data, options) else None
     facts = {
         "network": spec.name,
         "num_classes": spec.num_classes,

@@ -1,6 +1,7 @@
 """What training minimises, what its checkpoint is of, and where it runs."""
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from evosearch.data import Images, open_source
+from evosearch.data import Images, SourceOptions, open_source
 from evosearch.errors import BackendError, ConfigError, NetworkError
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.training import Checkpoint, TrainSettings, train
 from evosearch.training.baseline import _loss, trainable
-from evosearch.training.command import augmented
+from evosearch.training.command import augmented, image_size_for, train_baseline
 from evosearch.training.devices import training_device
 from evosearch.training.finetune import finetune
 
@@ -261,3 +263,31 @@ def test_another_file_of_torch_is_no_checkpoint(
     torch.save({"weights": torch.ones(1)}, file)
     with pytest.raises(ConfigError, match=r"a\.checkpoint\.pt is no checkpoint of a training"):
         train(small, images, images, SETTINGS, checkpoint=Checkpoint(path=file))
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "wanted"),
+    [
+        ("resnet20", None, (32, 32)),
+        ("resnet18", None, (224, 224)),
+        (f"{__name__}:Deep", 48, (48, 48)),
+    ],
+)
+def test_image_files_are_fitted_to_the_network(
+    name: str, side: int | None, wanted: tuple[int, int]
+) -> None:
+    assert image_size_for(NetworkSpec(name=name), side) == wanted
+
+
+def test_a_network_is_trained_on_image_files(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for index in range(20):
+            pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "train" / name / f"{index}.png")
+    spec = NetworkSpec(name=f"{__name__}:Deep", num_classes=2)
+    options = SourceOptions(root=tmp_path, image_size=image_size_for(spec, 16))
+    settings = replace(SETTINGS, epochs=1, batch_size=8)
+    done = train_baseline(spec, "image-folder", options, settings, tmp_path / "w.safetensors")
+    assert json.loads(done.record.read_text())["shape"] == [3, 16, 16]
