@@ -168,7 +168,7 @@ def test_a_run_adds_its_own_policies(cli: Cli, recipe: Callable[..., str]) -> No
         *study("run", "--truth-on", "held-out", truth=f"{TRUTH},seeds=2", out="run/fidelity")
     ).stdout
     assert "elite: 6 policies" in said
-    assert "between repetitions of the truth" in said
+    assert "for a perfect predictor" in said
     found = pd.read_csv(cli.folder / "run" / "fidelity" / "fidelity.csv")
     assert set(found["set"]) == {"random", "elite"}
     assert set(found.truth) == {"held-out.error", "held-out.loss"}
