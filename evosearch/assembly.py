@@ -284,7 +284,10 @@ class _Maker:
             SpaceError: No policy of it is within the bounds.
         """
         space = make_space(self.recipe.space["name"], table, options, self.facts)
-        if self.facts is None and space.cheapest() == space.dearest():
+        widest = space.dearest()
+        # A blend of criteria may be searched at one width, unless nothing goes at all.
+        fixed = self.facts is None or widest.keep == tuple(table.channels.tolist())
+        if fixed and space.cheapest().keep == widest.keep:
             raise ConfigError(
                 f"space: {', '.join(f'{k} = {v}' for k, v in options.items()) or 'this network'} "
                 "leaves every group a single width, and nothing to search; lower space.round_to or "

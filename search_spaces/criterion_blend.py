@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from evosearch.checks import check_unit_interval
 from evosearch.errors import ConfigError
@@ -58,6 +58,13 @@ class CriterionBlendOptions(Table):
     project_onto: ProjectOnto | None = None
     """Scale every policy so that it spends this budget: one of macs, params, latency; needs bounds
     of the sparsity."""
+
+    @field_validator("clusters", mode="before")
+    @classmethod
+    def _number_or_word(cls, given: Any) -> Any:
+        if given != "silhouette" and (type(given) is not int or given < 1):
+            raise ValueError(f"must be a whole number above 0, or 'silhouette', got {given!r}")
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -42,6 +42,15 @@ class ProjectOnto(Table):
     latency: Share | None = None
     """Share of the time that the dense network takes."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _table(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping | cls):
+            raise ValueError(  # noqa: TRY004  what pydantic makes a sentence of
+                f"write what is to be spent, such as {{ macs = 0.5 }}, got {given!r}"
+            )
+        return given
+
     @model_validator(mode="after")
     def _one(self) -> Self:
         if len(self.named) != 1:

@@ -24,6 +24,7 @@ from evosearch.fidelity.variants import FREE, RECIPE, Variant, choose, known_var
 from evosearch.fidelity.writing import write_files
 from evosearch.latency import LatencyModel
 from evosearch.ledger import Ledger
+from evosearch.materials import source_of
 from evosearch.measurement import Measurement, Status
 from evosearch.policy import Policy
 from evosearch.recipe import Recipe, change_recipe, load_recipe, parse_setting
@@ -231,6 +232,30 @@ def _policies(
     return {name: tuple(policies[:n]) for name, policies in known.items() if policies}
 
 
+def _check_sizes(changed: Mapping[str, Recipe], recipe: Recipe) -> None:
+    """Checks that there are as many images as each variant asks for, before anything is scored.
+
+    Raises:
+        ConfigError: There are not; names the variant, and those that could be left.
+    """
+    source = source_of(recipe)
+    there = {"validation": len(source.held_out().labels)}
+    there["calibration"] = len(source.training().labels)
+    short: dict[str, str] = {}
+    for name, other in changed.items():
+        for key, count in there.items():
+            wanted = getattr(other.data, key)
+            own = wanted == getattr(recipe.data, key)  # of which `assemble` tells
+            if wanted is not None and not own and wanted > count:
+                short[name] = f"{name} wants data.{key} = {wanted}, and there are {count} images"
+    if short:
+        left = [name for name in changed if name not in short]
+        raise ConfigError(
+            f"--proxies: {next(iter(short.values()))} in that part; name those that do with fewer: "
+            f"--proxies {','.join(left)}"
+        )
+
+
 def _distinct(variants: Mapping[str, Variant], recipe: Recipe) -> dict[str, Variant]:
     """Without `recipe` where another variant is the very same, as nothing is learned from both.
 
@@ -241,6 +266,7 @@ def _distinct(variants: Mapping[str, Variant], recipe: Recipe) -> dict[str, Vari
         name: change_recipe(recipe, variant.changes, f"proxy variant {name!r}")
         for name, variant in variants.items()
     }
+    _check_sizes(changed, recipe)
     for other in changed.values():
         proxy_named(other.proxy.name)
     others = [other for name, other in changed.items() if name != RECIPE]

@@ -104,6 +104,8 @@ class Truth:
             key, separator, value = (piece.strip() for piece in part.partition("="))
             if key not in types:
                 raise ConfigError(f"--truth: unknown key {key!r}; there are {', '.join(types)}")
+            if key in given:
+                raise ConfigError(f"--truth: {key} is given twice")
             try:
                 given[key] = types[key](value) if separator else None
             except ValueError:

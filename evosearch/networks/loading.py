@@ -334,14 +334,12 @@ def _check_parameters(module: nn.Module, spec: NetworkSpec) -> None:
 
 
 def check_repeatable(network: Network) -> None:
-    """Checks that a user's function makes the same network again, whose weights no file holds.
+    """Checks that a network whose weights no file holds is made the same again.
 
     Raises:
-        NetworkError: It does not, and nobody could resume or export what is found with it.
+        NetworkError: It is not, and nobody could resume or export what is found with it.
     """
     spec = replace(network.spec, input_shape=network.input.shape)
-    if not is_own(spec.name):
-        return
     first, again = network.module.state_dict(), load_network(spec).module.state_dict()
     if any(not torch.equal(first[name], again[name]) for name in first):
         raise NetworkError(

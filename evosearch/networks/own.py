@@ -50,6 +50,8 @@ def import_own(name: str) -> object:
     if place.endswith(".py") and not Path(place).is_file():
         raise ConfigError(f"file {place} does not exist")
     module = import_file(Path(place)) if place.endswith(".py") else import_named(place)
+    if not hasattr(module, attribute):
+        raise ConfigError(f"{place} has no {attribute}")
     return getattr(module, attribute)
 
 

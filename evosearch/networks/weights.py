@@ -4,6 +4,7 @@ import argparse
 import json
 import pickle
 import re
+import struct
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -211,6 +212,20 @@ def put_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     module.load_state_dict(stated)
 
 
+def _ordered(content: bytes) -> bytes:
+    """The same file with its metadata by name: the library has it in another order each time.
+
+    A file begins with the length of a header in JSON, which ends on a multiple of eight bytes and
+    says where tensors are behind it.
+    """
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+
 def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, object]) -> None:
     """Writes a network's tensors as safetensors, atomically.
 
@@ -233,7 +248,7 @@ def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, object]) 
         places.add(place)
     try:
         # Not by safetensors' own writer, which ignores the user's umask.
-        content = save(tensors, {k: json.dumps(v) for k, v in metadata.items()})
+        content = _ordered(save(tensors, {k: json.dumps(v) for k, v in metadata.items()}))
     except (SafetensorError, RuntimeError) as exc:
         raise BackendError(f"cannot write {path}: {exc}") from exc
     write_atomically(path, lambda scratch: scratch.write_bytes(content))

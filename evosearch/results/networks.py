@@ -12,7 +12,7 @@ from evosearch.facts import read_facts
 from evosearch.files import make_parent
 from evosearch.ledger import Ledger
 from evosearch.measurement import METRICS, Status
-from evosearch.networks import Network, on_cpu, write_portable
+from evosearch.networks import Network, on_cpu, read_weights, write_portable
 from evosearch.recipe import RunRecipe, change_recipe
 from evosearch.results.export import Records, export, front_records
 from evosearch.results.front import Results, Row, read_results
@@ -213,9 +213,11 @@ def export_network(
         A sentence for people.
 
     Raises:
-        ConfigError: No such policy, or several; or it cannot be prepared like that.
+        ConfigError: No such policy, or several; or it cannot be prepared like that; or the file is
+            a network that was trained.
         ConfigMismatch: Network or images are not the ones that were measured.
     """
+    _check_not_trained(file)
     with Ledger.open(run) as ledger:
         results = read_results(ledger)
         row = chosen_row(results, digits, run)
@@ -224,6 +226,18 @@ def export_network(
     searched = 1 - row.values["error"]
     note = f" ({searched:.2%} as it was measured in the search)" if preparation else ""
     return f"{file}: {writer.described(row)}, validation top-1 {found:.2%}{note}"
+
+
+def _check_not_trained(file: Path) -> None:
+    """Refuses to write over what took hours."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        return
+    try:
+        _, facts = read_weights(file)
+    except NetworkError:  # nothing that anybody could miss
+        return
+    if "finetuned" in facts or "training_images" in facts:
+        raise ConfigError(f"{file} is a network that was trained; remove it or name another file")
 
 
 def convert_network(source: Path, file: Path) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from evosearch.data import ImagePool, Images, SourceOptions, open_source
-from evosearch.errors import ConfigError
+from evosearch.errors import ConfigError, DataError
 from evosearch.files import make_parent, write_atomically
 from evosearch.networks import NetworkSpec, build_module, is_own, load_network, save_weights
 from evosearch.training.baseline import Checkpoint, EpochLog, TrainSettings, top1, train, write_log
@@ -148,6 +148,8 @@ def train_baseline(
     device = training_device(device)
     # The network first: images may have to be fetched.
     build_module(spec)
+    if options.test_path is not None and not options.test_path.is_file():
+        raise DataError(f"--test-data: {options.test_path} does not exist")
     source = open_source(data, options)
     images, held_out = whole(source.training()), whole(source.held_out())
     if images.labels.max() >= spec.num_classes:

@@ -186,7 +186,7 @@ def test_mistakes_are_told_before_anything_is_measured(
         ),
         (
             ["--proxy-variant", "x:data.validation=9999", "--truth", "finetune:batch=64,start=x"],
-            "data.validation = 9999: wanted 9999 images of the",
+            "--proxies: x wants data.validation = 9999, and there are 2000 images in that part",
         ),
         (["--macs", "0.0001,0.0002"], "is out of reach; within the bounds of the space MACs"),
         (["--truth", "finetune:fraction=0.01"], "fewer than one batch of 128"),

@@ -95,6 +95,10 @@ def test_a_network_of_a_run_is_fine_tuned_and_loads(cli: Cli, run: Path) -> None
     assert right == pytest.approx(record["test_top1"], abs=1e-9)
     assert not (cli.folder / "fine" / "small.checkpoint.pt").exists()
 
+    # What was trained is not written over by what was not.
+    again = cli.here("export", "run", "fine/small.safetensors", "--policy", policy, code=2)
+    assert "fine/small.safetensors is a network that was trained" in again.stderr
+
     # The same in a runtime that knows nothing of us.
     said = cli.here("export", "fine/small.safetensors", "small.onnx").stdout
     assert "small.onnx: fine/small.safetensors, to run without evosearch" in said

@@ -129,8 +129,11 @@ def test_seed_of_a_space_without_blends_becomes_the_default_criterion() -> None:
         ({"sparsty": 0.5}, "space.sparsty: unknown key; did you mean 'sparsity'"),
         ({"criteria": []}, "criteria: name at least one, each once"),
         ({"criteria": ["l1", "l1"]}, "criteria: name at least one, each once"),
-        ({"clusters": 0}, r"space.clusters"),
-        ({"clusters": "many"}, r"space.clusters"),
+        (
+            {"clusters": 0},
+            r"space.clusters: must be a whole number above 0, or 'silhouette', got 0",
+        ),
+        ({"clusters": "many"}, r"space.clusters: must be .* got 'many'"),
         ({"scores": "raw"}, "space.scores"),
         ({"sparsity": 1.5}, "space.sparsity"),
         ({"sparsity": [0.9, 0.1]}, "the lower bound 0.9 exceeds"),
@@ -256,6 +259,12 @@ def test_assembly_clusters_the_criteria_and_tells_the_ledger() -> None:
     scorer = Scorer(found.workload)
     assert all(scorer.score(policy).ok for policy in found.space.decode(genomes))
     assert assembled().facts()["criteria"] == told
+
+
+def test_a_space_in_which_nothing_goes_is_refused() -> None:
+    space = {"name": "criterion-blend", "criteria": ["l1", "apoz", "obd"], "sparsity": 0.0}
+    with pytest.raises(ConfigError, match="leaves every group a single width, and nothing to"):
+        assembled(space=space)
 
 
 def test_space_without_a_wish_costs_nothing() -> None:

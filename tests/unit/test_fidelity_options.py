@@ -5,11 +5,11 @@ import pytest
 
 from evosearch.data import open_source
 from evosearch.errors import ConfigError
-from evosearch.fidelity.study import Options
+from evosearch.fidelity.study import Options, _distinct
 from evosearch.fidelity.truth import Truth
 from evosearch.fidelity.variants import VARIANTS, choose, known_variants, parse_variant
 from evosearch.networks import Network, NetworkSpec, load_network
-from evosearch.recipe import Recipe, change_recipe
+from evosearch.recipe import Recipe, change_recipe, load_recipe
 from evosearch.scoring.proxies import PROXIES
 from evosearch.training import TrainSettings, top1, train
 from evosearch.training.finetune import evaluate, finetune
@@ -55,9 +55,21 @@ def test_fine_tuning_starts_from_the_recipe_or_from_a_variant_that_is_named() ->
         Options(truth=Truth(start="l1"), variants=variants)
 
 
+def test_variants_that_want_more_images_than_there_are_are_named_before_anything_is_scored() -> (
+    None
+):
+    recipe = load_recipe("quickstart")
+    many = parse_variant("many:data.validation=3000,proxy.name=raw")
+    with pytest.raises(
+        ConfigError, match=r"many wants data\.validation = 3000, .* --proxies raw-l1"
+    ):
+        _distinct({"raw-l1": VARIANTS["raw-l1"], "many": many[1]}, recipe)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ("finetune:epochs=1,epochs=2", "epochs is given twice"),
         ("", "must read like"),
         ("train:epochs=1", "must read like"),
         ("finetune:epoch=1", "unknown key 'epoch'; there are epochs, lr"),

@@ -183,6 +183,8 @@ def test_weights_that_nobody_could_make_again_are_noticed() -> None:
     network = load_network(spec("unseeded"))
     with pytest.raises(NetworkError, match=r"other weights each time .*network.weights"):
         check_repeatable(network)
+    with pytest.raises(NetworkError, match=r"'resnet20' has other weights each time"):
+        check_repeatable(load_network(NetworkSpec(name="resnet20")))
 
 
 def test_what_lies_beside_a_file_can_be_imported(tmp_path: Path) -> None:

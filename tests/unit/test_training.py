@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from evosearch.data import Images, SourceOptions, open_source
-from evosearch.errors import BackendError, ConfigError, NetworkError
+from evosearch.errors import BackendError, ConfigError, DataError, NetworkError
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.training import Checkpoint, TrainSettings, train
 from evosearch.training.baseline import _loss, trainable
@@ -291,3 +291,18 @@ def test_a_network_is_trained_on_image_files(tmp_path: Path) -> None:
     settings = replace(SETTINGS, epochs=1, batch_size=8)
     done = train_baseline(spec, "image-folder", options, settings, tmp_path / "w.safetensors")
     assert json.loads(done.record.read_text())["shape"] == [3, 16, 16]
+
+
+def test_test_images_that_are_not_there_are_told_before_anything_is_trained(tmp_path: Path) -> None:
+    options = SourceOptions(test_path=tmp_path / "nowhere.npz")
+    said: list[object] = []
+    with pytest.raises(DataError, match=r"--test-data: .*nowhere\.npz does not exist"):
+        train_baseline(
+            NetworkSpec(name=f"{TINY}:Tiny"),
+            "cifar10-sample",
+            options,
+            SETTINGS,
+            tmp_path / "w.safetensors",
+            report=said.append,
+        )
+    assert not said

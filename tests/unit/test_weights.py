@@ -61,6 +61,18 @@ def test_weights_that_go_by_two_names_are_written_for_both(tmp_path: Path) -> No
     assert all(torch.equal(state[key], wanted[key]) for key in wanted)
 
 
+def test_equal_networks_are_equal_files(tmp_path: Path) -> None:
+    module = nn.Linear(3, 2)
+    facts = {f"fact {n}": n for n in range(12)} | {"name": "Größe"}
+    files = [tmp_path / f"{n}.safetensors" for n in range(4)]
+    for file in files:
+        save_weights(file, module, facts)
+    assert len({file.read_bytes() for file in files}) == 1
+    state, told = read_weights(files[0])
+    assert torch.equal(state["weight"], module.weight)
+    assert json.loads(told["name"]) == "Größe"
+
+
 def test_normalisation_comes_back_from_the_metadata(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_weights(path, lenet().module, {"shape": (1, 28, 28), "mean": (0.25,), "std": (0.75,)})
