@@ -12,6 +12,7 @@ judged on the sixth, which they have not seen; beside that, the mean of the one 
 """
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -78,10 +79,9 @@ def ends(found: list[float]) -> str:
     return " to ".join(f"{end:.2f}" for end in found)
 
 
-def held_out(taus: dict[Numbers, NDArray[np.float64]], terms: int) -> tuple[list[float], list[str]]:
+def held_out(taus: dict[Numbers, NDArray[np.float64]]) -> tuple[list[float], list[str]]:
     """For each network, tau of the combination that is best on the others, and its name."""
-    names = [numbers for numbers in taus if len(numbers) == terms]
-    table = np.array([taus[numbers] for numbers in names])
+    names, table = list(taus), np.array(list(taus.values()))
     found, chosen = [], []
     for index in range(len(NETWORKS)):
         best = int(np.delete(table, index, axis=1).mean(axis=1).argmax())
@@ -90,94 +90,109 @@ def held_out(taus: dict[Numbers, NDArray[np.float64]], terms: int) -> tuple[list
     return found, chosen
 
 
+@dataclass(frozen=True, eq=False)
+class Studies:
+    """What the studies found, one table for each network."""
+
+    tables: list[pd.DataFrame]
+
+    @property
+    def numbers(self) -> list[str]:
+        """Names of all that was read of every policy in every study."""
+        everywhere = map(str, set.intersection(*(set(table.columns) for table in self.tables)))
+        return sorted(
+            name
+            for name in everywhere
+            if name in ("free.l1", "free.l2")
+            or (name.rpartition(".")[2] in METRICS and not name.startswith(("test.", "held-out.")))
+        )
+
+    def taus(self, numbers: Numbers, counts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """`(networks, resamples)`, each policy of a network taken so many times."""
+        return np.stack(
+            [
+                taus_of(ordered(table, numbers), ordered(table, ("test.error",)), mine)
+                for table, mine in zip(self.tables, counts, strict=True)
+            ]
+        )
+
+    def once(self, numbers: Numbers) -> NDArray[np.float64]:
+        """`(networks,)` taus of the policies as they are."""
+        return self.taus(numbers, [np.ones((1, len(table))) for table in self.tables])[:, 0]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Each number by itself, the best first."""
+        generator = np.random.default_rng(0)
+        draws = [
+            generator.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)
+            for n in map(len, self.tables)
+        ]
+        drawn = {name: self.taus((name,), draws).mean(axis=0) for name in self.numbers}
+        rows: list[dict[str, Any]] = []
+        for name, means in drawn.items():
+            each = self.once((name,))
+            rows.append(
+                {
+                    "number": name,
+                    "taus": each.tolist(),
+                    "mean": float(each.mean()),
+                    "interval": interval(means),
+                    "lowest": float(each.min()),
+                    "ahead_of_by_hand": interval(means - drawn[BY_HAND]),
+                    "ahead_of_default": interval(means - drawn[DEFAULT]),
+                }
+            )
+        return sorted(rows, key=lambda row: -row["mean"])
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """The best of so many numbers together, chosen with and without the network at hand."""
+        found = []
+        for terms in (1, 2, 3):
+            taus = {
+                numbers: self.once(numbers)
+                for numbers in itertools.combinations(self.numbers, terms)
+            }
+            apart, chosen = held_out(taus)
+            found.append(
+                {
+                    "terms": terms,
+                    "mean": float(np.mean(apart)),
+                    "chosen_on_all": max(float(each.mean()) for each in taus.values()),
+                    "taus": apart,
+                    "chosen": chosen,
+                }
+            )
+        return found
+
+
 def main() -> None:
     options = parser(__doc__).parse_args()
-    tables = [study(network) for network in NETWORKS]
-    everywhere = set.intersection(*(set(table.columns) for table in tables))
-    numbers = sorted(
-        name
-        for name in map(str, everywhere)
-        if name.rpartition(".")[2] in METRICS and not name.startswith(("test.", "held-out."))
-    )
-    free = sorted(name for name in map(str, everywhere) if name in ("free.l1", "free.l2"))
-    truths = [ordered(table, ("test.error",)) for table in tables]
-    generator = np.random.default_rng(0)
-    draws = [
-        generator.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)
-        for n in map(len, tables)
-    ]
-    once = [np.ones((1, len(table))) for table in tables]
-
-    def judged(chosen: Numbers, counts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """`(networks, resamples)` taus."""
-        scores = [ordered(table, chosen) for table in tables]
-        return np.stack(list(map(taus_of, scores, truths, counts)))
-
-    drawn = {name: judged((name,), draws).mean(axis=0) for name in (*numbers, *free)}
-    rows: list[dict[str, Any]] = []
-    for name in (*numbers, *free):
-        each = judged((name,), once)[:, 0]
-        rows.append(
-            {
-                "number": name,
-                "taus": each.tolist(),
-                "mean": float(each.mean()),
-                "interval": interval(drawn[name]),
-                "lowest": float(each.min()),
-                "ahead_of_by_hand": interval(drawn[name] - drawn[BY_HAND]),
-                "ahead_of_default": interval(drawn[name] - drawn[DEFAULT]),
-            }
-        )
-    rows.sort(key=lambda row: -row["mean"])
-    taus = {
-        chosen: judged(chosen, once)[:, 0]
-        for terms in (1, 2, 3)
-        for chosen in itertools.combinations([*numbers, *free], terms)
-    }
-    apart = {terms: held_out(taus, terms) for terms in (1, 2, 3)}
-    flattered = {
-        terms: max(float(found.mean()) for chosen, found in taus.items() if len(chosen) == terms)
-        for terms in apart
-    }
+    studies = Studies([study(network) for network in NETWORKS])
+    policies = [len(table) for table in studies.tables]
+    rows, together = studies.rows(), studies.combinations()
+    intervals = ("interval", "ahead_of_by_hand", "ahead_of_default")
     show(
-        f"tau over {len(NETWORKS)} networks, {sum(map(len, tables))} policies",
+        f"tau over {len(NETWORKS)} networks, {sum(policies)} policies",
         ["number", "mean", "95%", "ahead of by hand", "of the default", "lowest"],
         [
-            [
-                row["number"],
-                row["mean"],
-                *(ends(row[name]) for name in ("interval", "ahead_of_by_hand", "ahead_of_default")),
-                row["lowest"],
-            ]
+            [row["number"], row["mean"], *(ends(row[name]) for name in intervals), row["lowest"]]
             for row in rows
         ],
     )
     show(
         "chosen on five networks, judged on the sixth",
         ["terms", "mean", "chosen on all", *NETWORKS],
-        [
-            [str(terms), float(np.mean(found)), flattered[terms], *found]
-            for terms, (found, _) in apart.items()
-        ],
+        [[str(c["terms"]), c["mean"], c["chosen_on_all"], *c["taus"]] for c in together],
     )
     write(
         "across_networks",
         options.json,
         {
             "networks": list(NETWORKS),
-            "policies": [len(table) for table in tables],
+            "policies": policies,
             "resamples": RESAMPLES,
             "rows": rows,
-            "held_out": [
-                {
-                    "terms": terms,
-                    "mean": float(np.mean(found)),
-                    "chosen_on_all": flattered[terms],
-                    "taus": found,
-                    "chosen": chosen,
-                }
-                for terms, (found, chosen) in apart.items()
-            ],
+            "held_out": together,
         },
     )
 
