@@ -63,7 +63,7 @@ class CriterionBlendOptions(Table):
     @classmethod
     def _number_or_word(cls, given: Any) -> Any:
         if given != "silhouette" and (type(given) is not int or given < 1):
-            raise ValueError(f"must be a whole number above 0, or 'silhouette', got {given!r}")
+            raise ValueError("must be a whole number above 0, or 'silhouette'")
         return given
 
     @model_validator(mode="after")

@@ -46,9 +46,8 @@ class ProjectOnto(Table):
     @classmethod
     def _table(cls, given: Any) -> Any:
         if not isinstance(given, Mapping | cls):
-            raise ValueError(  # noqa: TRY004  what pydantic makes a sentence of
-                f"write what is to be spent, such as {{ macs = 0.5 }}, got {given!r}"
-            )
+            # What pydantic makes a sentence of, and says what it got.
+            raise ValueError("write what is to be spent, such as { macs = 0.5 }")  # noqa: TRY004
         return given
 
     @model_validator(mode="after")

@@ -6,11 +6,11 @@ from evosearch.networks.loading import (
     Network,
     NetworkSpec,
     build_module,
-    check_makes_networks,
     check_repeatable,
     is_own,
     load_network,
     plain,
+    trusted_factory,
 )
 from evosearch.networks.own import import_own, importing
 from evosearch.networks.portable import write_portable
@@ -29,7 +29,6 @@ __all__ = [
     "NetworkSpec",
     "build_module",
     "check_alive",
-    "check_makes_networks",
     "check_repeatable",
     "import_own",
     "importing",
@@ -43,6 +42,7 @@ __all__ = [
     "read_weights",
     "save_weights",
     "sent",
+    "trusted_factory",
     "weights_path",
     "write_portable",
 ]

@@ -30,11 +30,11 @@ __all__ = [
     "Network",
     "NetworkSpec",
     "build_module",
-    "check_makes_networks",
     "check_repeatable",
     "is_own",
     "load_network",
     "plain",
+    "trusted_factory",
 ]
 
 
@@ -119,8 +119,8 @@ def _own_factory(name: str) -> Callable[..., nn.Module]:
     return factory  # type: ignore[no-any-return]
 
 
-def check_makes_networks(name: str) -> None:
-    """Checks that what a file names as the maker of its network is one, before it is called.
+def trusted_factory(name: str) -> Callable[..., nn.Module]:
+    """What a file names as the maker of its network, if it is one that may be called.
 
     A file may come from anywhere, and a name in it may be that of any function there is. Classes of
     networks make networks; so do the functions of libraries that hold nothing else, and those that
@@ -137,12 +137,12 @@ def check_makes_networks(name: str) -> None:
         foreign = _installed(Path(place))
     else:
         foreign = place.partition(".")[0] in sys.stdlib_module_names
-    # Importing what was installed may do something, too.
-    if foreign or not _makes_networks(_own_factory(name)):
-        raise NetworkError(
-            f"it names {attribute} of {place} as what makes its network, which is neither yours "
-            "nor a class of networks, and is not called for a file's sake"
-        )
+    if not foreign and _makes_networks(factory := _own_factory(name)):
+        return factory
+    raise NetworkError(
+        f"it names {attribute} of {place} as what makes its network, which is neither yours "
+        "nor a class of networks, and is not called for a file's sake"
+    )
 
 
 def _makes_networks(factory: Callable[..., Any]) -> bool:

@@ -25,12 +25,12 @@ from evosearch.networks import (
     Network,
     NetworkSpec,
     build_module,
-    check_makes_networks,
     is_own,
     load_into,
     plain,
     read_weights,
     save_weights,
+    trusted_factory,
     write_portable,
 )
 from evosearch.policy import Policy
@@ -223,7 +223,7 @@ def _dense(
     spec = NetworkSpec(name=name, num_classes=pruned.num_classes, arguments=pruned.arguments)
     try:
         if network is None and is_own(name):
-            check_makes_networks(name)
+            factory = trusted_factory(name)
         module, _ = build_module(spec, factory)
     except NetworkError as exc:
         if network is not None or not is_own(name):

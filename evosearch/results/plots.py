@@ -139,7 +139,7 @@ def plot_fidelity(findings: Sequence[Finding], best: float | None, path: Path) -
         # Names would cover each other: numbers stand in the dots, names in the legend.
         axes.annotate(str(number), place, ha="center", va="center", fontsize=6, color="w", zorder=9)
     if best is not None and np.isfinite(best):
-        axes.axhline(best, color="0.4", lw=0.8, ls=":", label="a perfect predictor, at most")
+        axes.axhline(best, color="0.4", lw=0.8, ls=":", label="a perfect predictor (estimate)")
     axes.set_xlabel("seconds per policy")
     axes.set_ylabel("Kendall's tau against fine-tuning, 95% interval")
     axes.grid(alpha=0.25)

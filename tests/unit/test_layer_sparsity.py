@@ -425,3 +425,9 @@ def test_levels_give_every_width_in_order(options: dict[str, Any]) -> None:
         touched = np.flatnonzero(np.ptp(keep, axis=0) > 0)
         reachable = {tuple(np.array(policy.keep)[touched]) for policy in everything}
         assert reachable <= {tuple(row[touched]) for row in keep}
+
+
+def test_a_budget_without_its_cost_says_how_to_write_it() -> None:
+    table = trace(load_network(NetworkSpec(name="resnet20"))).table
+    with pytest.raises(ConfigError, match=r"such as \{ macs = 0\.5 \}, got 0\.5$"):
+        LayerSparsity(table, {"project_onto": 0.5})

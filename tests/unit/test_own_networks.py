@@ -16,12 +16,12 @@ from evosearch.assembly import assemble
 from evosearch.errors import DataError, NetworkError
 from evosearch.networks import (
     NetworkSpec,
-    check_makes_networks,
     check_repeatable,
     load_into,
     load_network,
     plain,
     save_weights,
+    trusted_factory,
 )
 from evosearch.policy import Policy
 from evosearch.pruning.cutting import Cutter
@@ -262,7 +262,7 @@ FOREIGN = os.system
 @pytest.mark.parametrize("name", ["Net", "borrowed", "PARTIAL"])
 @pytest.mark.parametrize("place", [__name__, __file__])
 def test_a_file_may_name_classes_of_networks_and_what_a_user_wrote(place: str, name: str) -> None:
-    check_makes_networks(f"{place}:{name}")
+    trusted_factory(f"{place}:{name}")
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_a_file_may_name_classes_of_networks_and_what_a_user_wrote(place: str, n
 )
 def test_no_other_function_is_called_because_a_file_names_it(name: str, tmp_path: Path) -> None:
     with pytest.raises(NetworkError, match="is not called for a file's sake"):
-        check_makes_networks(name)
+        trusted_factory(name)
 
 
 def test_a_file_that_names_a_command_is_refused_before_that_is_run(tmp_path: Path) -> None:
