@@ -23,7 +23,7 @@ from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.policy import Policy
 from evosearch.recipe import Recipe
 from evosearch.results.front import Results
-from evosearch.run import launch
+from evosearch.run import launch, resume
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,8 +57,12 @@ class _Silent:
 
 
 def complete_search(recipe: Recipe, folder: Path) -> Results:
-    """What a search in a new folder found, all of its budget spent: a part is no evidence."""
-    done = launch(recipe, folder, _Silent())
+    """What a search found, all of its budget spent: a part is no evidence.
+
+    A folder that exists holds this search, or the part of it that a benchmark came to.
+    """
+    begun = (folder / "ledger.sqlite").is_file()
+    done = resume(folder, _Silent()) if begun else launch(recipe, folder, _Silent())
     if done.interrupted:
         raise SystemExit(f"stopped while searching: {done.outcome.reason}")
     return done.results

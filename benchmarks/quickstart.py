@@ -10,9 +10,14 @@ error and MACs on the validation images that the search saw, and on the 2,000 te
 sample, which nothing but this report opens: there, every policy of a front is measured again, for
 all methods in the recipe's way. Mean and range over seeds.
 
-    python benchmarks/quickstart.py [--evaluations 120] [--seeds 3] [--methods ...]
+With `--runs FOLDER` searches and what test images say are kept there, and the same command goes on
+after the last of them; seconds of a search that was stopped are of its last part.
+
+    python benchmarks/quickstart.py [--evaluations 120] [--seeds 3] [--methods ...] [--runs FOLDER]
 """
 
+import argparse
+import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -27,7 +32,6 @@ from evosearch.assembly import assemble
 from evosearch.data import open_source
 from evosearch.measurement import Measurement
 from evosearch.pareto import hypervolume
-from evosearch.policy import Policy
 from evosearch.recipe import Recipe, load_recipe
 from evosearch.results.front import Results
 from evosearch.scoring.objectives import reference_point
@@ -56,8 +60,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def on_test(recipe: Recipe, results: list[Results], workers: int) -> dict[Policy, float]:
-    """Error on the test images of every policy on any front."""
+def on_test(recipe: Recipe, results: list[Results], folder: Path, workers: int) -> dict[str, float]:
+    """Error on the test images of every policy on any front, by its digest; kept in the folder."""
+    file = folder / "test.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    errors: dict[str, float] = {k: v for line in lines for k, v in json.loads(line).items()}
     assembled = assemble(recipe)
     network = assembled.workload.network()
     workload = prepare_workload(
@@ -67,23 +74,51 @@ def on_test(recipe: Recipe, results: list[Results], workers: int) -> dict[Policy
         assembled.workload.calibration,
         open_source("cifar10-sample").test().take(np.arange(2000)),
     )
-    policies = sorted({row.policy for r in results for row in r.front}, key=lambda p: p.digest)
-    errors: dict[Policy, float] = {}
+    fronts = {row.policy.digest: row.policy for r in results for row in r.front}
+    unknown = [fronts[digest] for digest in sorted(fronts) if digest not in errors]
 
     def record(measurement: Measurement) -> None:
-        errors[measurement.policy] = measurement.metrics["error"]
+        found = {measurement.policy.digest: measurement.metrics["error"]}
+        errors.update(found)
+        with file.open("a") as stream:
+            stream.write(json.dumps(found) + "\n")
 
     pool = make_pool(workload, PoolSettings(workers=workers))
-    pool.score(policies, record, lambda: False)
+    pool.score(unknown, record, lambda: False)
     pool.close()
     return errors
 
 
-def by_top1(
-    results: Results, errors: Mapping[Policy, float], reference: NDArray[np.float64]
-) -> float:
+def searches(options: argparse.Namespace, folder: Path) -> dict[str, list[tuple[Results, float]]]:
+    """What each method found with each seed, and in how many seconds."""
+    found: dict[str, list[tuple[Results, float]]] = {}
+    for seed in range(options.seeds):
+        for name in options.methods:
+            if name in ("ranking", "uniform") and seed:
+                continue  # it has no seed
+            overrides: dict[str, Any] = {
+                **METHODS[name],
+                "search.seed": seed,
+                "search.evaluations": options.evaluations * (LONGER if name == QUICK else 1),
+                "search.baseline": 0,
+                "data.check": 0,
+                "run.workers": options.workers,
+            }
+            run = folder / f"{name}-{seed}"
+            took = run / "seconds.json"
+            start = time.perf_counter()
+            results = complete_search(load_recipe("quickstart", (), overrides), run)
+            if not took.is_file():
+                took.write_text(json.dumps(time.perf_counter() - start))
+            seconds = json.loads(took.read_text())
+            found.setdefault(name, []).append((results, seconds))
+            print(f"{name}, seed {seed}: {len(results.front)} on the front, {seconds:.0f} s")
+    return found
+
+
+def by_top1(results: Results, errors: Mapping[str, float], reference: NDArray[np.float64]) -> float:
     """Hypervolume of error and MACs of what a search calls its front."""
-    points = [(errors[row.policy], row.values["macs"]) for row in results.front]
+    points = [(errors[row.policy.digest], row.values["macs"]) for row in results.front]
     return hypervolume(np.array(points), reference)
 
 
@@ -93,34 +128,19 @@ def main() -> None:
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     made.add_argument("--workers", type=int, default=2)
+    made.add_argument("--runs", type=Path, help="keep all that is measured here, and go on with it")
     options = made.parse_args()
-    found: dict[str, list[tuple[Results, float]]] = {}
     recipe = load_recipe("quickstart", (), {"data.check": 0})
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(options.seeds):
-            for name in options.methods:
-                if name in ("ranking", "uniform") and seed:
-                    continue  # it has no seed
-                overrides: dict[str, Any] = {
-                    **METHODS[name],
-                    "search.seed": seed,
-                    "search.evaluations": options.evaluations * (LONGER if name == QUICK else 1),
-                    "search.baseline": 0,
-                    "data.check": 0,
-                    "run.workers": options.workers,
-                }
-                start = time.perf_counter()
-                run = Path(folder) / f"{name}-{seed}"
-                results = complete_search(load_recipe("quickstart", (), overrides), run)
-                seconds = time.perf_counter() - start
-                found.setdefault(name, []).append((results, seconds))
-                print(f"{name}, seed {seed}: {len(results.front)} on the front, {seconds:.0f} s")
-    errors = on_test(recipe, [r for runs in found.values() for r, _ in runs], options.workers)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.runs or Path(scratch)
+        found = searches(options, folder)
+        fronts = [results for runs in found.values() for results, _ in runs]
+        errors = on_test(recipe, fronts, folder, options.workers)
     rows, records = [], []
     reference = reference_point(("error", "macs"), {"error": 1 - 1 / CLASSES})
     for name, runs in found.items():
         seen = [
-            by_top1(r, {row.policy: row.values["error"] for row in r.rows}, reference)
+            by_top1(r, {row.policy.digest: row.values["error"] for row in r.rows}, reference)
             for r, _ in runs
         ]
         test = [by_top1(r, errors, reference) for r, _ in runs]

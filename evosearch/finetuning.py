@@ -109,14 +109,8 @@ def fine_tune(
     make_parent(file)
     training, parts = _images(writer.recipe, told)
     network, dense = _networks(writer, row, device)
-    settings = replace(
-        wanted.training,
-        precision=settled_precision(wanted.precision, gpu=device != "cpu"),
-        crop_padding=network.input.crop_padding,
-        flip=network.input.flip,
-    )
-    reference = _measured(dense, parts)
-    before = top1(network, parts["held out"])
+    settings = _settled(wanted, network, device)
+    reference, before = _measured(dense, parts), top1(network, parts["held out"])
     told(
         f"{row.policy.digest}: {writer.described(row)}; held out {before:.2%} before training, "
         f"{len(training)} images on {device} in {settings.precision}"
@@ -134,13 +128,9 @@ def fine_tune(
         report=told,
     )
     after = _measured(network, parts)
-    facts: dict[str, Any] = {
+    facts = {
         "run": str(run),
-        "network": writer.dense.spec.name,
-        "policy": row.policy.digest,
-        "macs": row.macs,
-        "params": row.params,
-        "start": writer.prepared,
+        **_described(writer, row),
         "training_images": len(training),
         "held_out_top1": {"before": before, "after": after["held out"]},
         "test_top1": after.get("test"),
@@ -159,6 +149,27 @@ def fine_tune(
         after=after,
         dense=reference,
     )
+
+
+def _settled(wanted: FineTuning, network: Network, device: str) -> TrainSettings:
+    """How it is trained, once network and device are known."""
+    return replace(
+        wanted.training,
+        precision=settled_precision(wanted.precision, gpu=device != "cpu"),
+        crop_padding=network.input.crop_padding,
+        flip=network.input.flip,
+    )
+
+
+def _described(writer: NetworkWriter, row: Row) -> dict[str, Any]:
+    """What was trained, for the record."""
+    return {
+        "network": writer.dense.spec.name,
+        "policy": row.policy.digest,
+        "macs": row.macs,
+        "params": row.params,
+        "start": writer.prepared,
+    }
 
 
 def _networks(writer: NetworkWriter, row: Row, device: str) -> tuple[Network, Network]:

@@ -11,10 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from evosearch.data import ImagePool, Images, SourceOptions, open_source
+from evosearch.data import DataSource, ImagePool, Images, SourceOptions, open_source
 from evosearch.errors import ConfigError, DataError
 from evosearch.files import make_parent, write_atomically
-from evosearch.networks import NetworkSpec, build_module, is_own, load_network, save_weights
+from evosearch.networks import (
+    Network,
+    NetworkSpec,
+    build_module,
+    is_own,
+    load_network,
+    save_weights,
+)
 from evosearch.training.baseline import Checkpoint, EpochLog, TrainSettings, top1, train, write_log
 from evosearch.training.devices import on_device, training_device
 
@@ -123,6 +130,33 @@ def _has_test(data: str, options: SourceOptions) -> bool:
     return options.test_path is not None or not data.endswith(".npz")
 
 
+def _opened(data: str, options: SourceOptions) -> DataSource:
+    """The source.
+
+    Raises:
+        DataError: Its test images, if they are named, are not there: told before it is trained.
+    """
+    if options.test_path is not None and not options.test_path.is_file():
+        raise DataError(f"--test-data: {options.test_path} does not exist")
+    return open_source(data, options)
+
+
+def _made_for(images: Images, spec: NetworkSpec, data: str) -> Network:
+    """The network, with new weights, that takes such images.
+
+    Raises:
+        ConfigError: It takes others.
+    """
+    height, width, channels = images.pixels.shape[1:]
+    network = load_network(spec, (height, width, channels))
+    if (channels, height, width) != network.input.shape:
+        raise ConfigError(
+            f"{spec.name} takes images of shape {network.input.shape}, {data} has "
+            f"{images.pixels.shape[1:]} (height, width, channels)"
+        )
+    return network
+
+
 def train_baseline(
     spec: NetworkSpec,
     data: str,
@@ -148,9 +182,7 @@ def train_baseline(
     device = training_device(device)
     # The network first: images may have to be fetched.
     build_module(spec)
-    if options.test_path is not None and not options.test_path.is_file():
-        raise DataError(f"--test-data: {options.test_path} does not exist")
-    source = open_source(data, options)
+    source = _opened(data, options)
     images, held_out = whole(source.training()), whole(source.held_out())
     if images.labels.max() >= spec.num_classes:
         raise ConfigError(
@@ -158,13 +190,7 @@ def train_baseline(
         )
     make_parent(out)
     torch.manual_seed(settings.seed)
-    height, width, channels = images.pixels.shape[1:]
-    network = on_device(load_network(spec, (height, width, channels)), device)
-    if images.pixels.shape[1:] != (*network.input.shape[1:], network.input.shape[0]):
-        raise ConfigError(
-            f"{spec.name} takes images of shape {network.input.shape}, {data} has "
-            f"{images.pixels.shape[1:]} (height, width, channels)"
-        )
+    network = on_device(_made_for(images, spec, data), device)
     about = {"network": str(spec), "images": images.digest()}
     checkpoint = Checkpoint(path=out.with_suffix(CHECKPOINT), about=about)
     log = train(network, images, held_out, settings, checkpoint=checkpoint, report=report)
