@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from evosearch.data import Images
-from evosearch.measurement import Measurement
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.policy import Policy
+from evosearch.progress import Silence
 from evosearch.recipe import Recipe
 from evosearch.results.front import Results
 from evosearch.run import launch, resume
@@ -46,23 +46,13 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
-class _Silent:
-    """Watches and says nothing."""
-
-    def phase(self, text: str) -> None:
-        """A new phase has begun."""
-
-    def landed(self, track: str, measurement: Measurement, count: int, budget: int) -> None:
-        """A measurement landed."""
-
-
 def complete_search(recipe: Recipe, folder: Path) -> Results:
     """What a search found, all of its budget spent: a part is no evidence.
 
     A folder that exists holds this search, or the part of it that a benchmark came to.
     """
     begun = (folder / "ledger.sqlite").is_file()
-    done = resume(folder, _Silent()) if begun else launch(recipe, folder, _Silent())
+    done = resume(folder, Silence()) if begun else launch(recipe, folder, Silence())
     if done.interrupted:
         raise SystemExit(f"stopped while searching: {done.outcome.reason}")
     return done.results

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from evosearch.errors import ConfigError, EvosearchError, first_line
+from evosearch.progress import Progress
 
 if TYPE_CHECKING:
     from evosearch.fidelity.study import Finished as Fidelity
-    from evosearch.measurement import Measurement
     from evosearch.run import Finished
 
 INTERRUPTED = 130
@@ -42,29 +42,6 @@ Threads = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: a GPU if there is one")]
 Evaluations = Annotated[int | None, typer.Option(min=1, help="Distinct policies to measure")]
-
-
-class Progress:
-    """Shows a run on stderr: a line per phase, a line every few seconds in between."""
-
-    def __init__(self) -> None:
-        import time
-
-        self._clock = time.monotonic
-        self._start = self._last = self._clock()
-
-    def phase(self, text: str) -> None:
-        """A new phase has begun."""
-        typer.echo(f"[{self._clock() - self._start:6.1f} s] {text}", err=True)
-
-    def landed(self, track: str, measurement: "Measurement", count: int, budget: int) -> None:
-        """A measurement landed."""
-        now = self._clock()
-        if measurement.failed:
-            self.phase(f"{measurement.policy.digest} {measurement.status}: {measurement.reason}")
-        if now - self._last > 5 or count == budget:
-            self._last = now
-            self.phase(f"{track} {count} of {budget}")
 
 
 def _loading() -> Progress:

@@ -5,6 +5,7 @@ results; budget, workers, title and the place of the data may change between lau
 ledger knows the images by their digest).
 """
 
+import copy
 import difflib
 import hashlib
 import json
@@ -35,6 +36,7 @@ __all__ = [
     "explain",
     "load_recipe",
     "parse_setting",
+    "recipe_of",
     "recipe_path",
     "shipped_recipes",
 ]
@@ -436,11 +438,30 @@ def load_recipe(
         raise ConfigError(f"recipe {path} is not TOML: {exc}") from exc
     for keys, value in map(parse_setting, settings):
         _assign(data, keys, value)
+    return _settled(data, overrides, path.parent, f"recipe {name_or_path}")
+
+
+def recipe_of(data: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Checks what a recipe's file would say.
+
+    Args:
+        data: Nested tables. Relative paths in it are looked for in the working directory.
+        overrides: Dotted keys to values; None is skipped.
+
+    Raises:
+        ConfigError: Something in it is wrong; names the field.
+    """
+    return _settled(copy.deepcopy(dict(data)), overrides, Path.cwd(), "recipe")
+
+
+def _settled(
+    data: dict[str, Any], overrides: Mapping[str, Any] | None, folder: Path, origin: str
+) -> Recipe:
     for dotted, value in (overrides or {}).items():
         if value is not None:
             _assign(data, dotted.split("."), value)
-    _absolute_paths(data, path.parent)
-    return check_recipe(data, f"recipe {name_or_path}")
+    _absolute_paths(data, folder)
+    return check_recipe(data, origin)
 
 
 def check_recipe(data: Mapping[str, Any], origin: str) -> Recipe:

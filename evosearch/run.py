@@ -6,6 +6,7 @@ the search ends.
 """
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -93,20 +94,25 @@ class StopSignal:
         self.requested = True
         self._observer.phase("stopping: finishing what is in flight; Ctrl-C again to stop now")
 
+    @staticmethod
+    def _ours() -> tuple[signal.Signals, ...]:
+        """Other threads may handle no signals, and are not sent any."""
+        return _STOPPING if threading.current_thread() is threading.main_thread() else ()
+
     def install(self) -> None:
-        """Handles SIGINT and SIGTERM from now on, whoever did before."""
-        for number in _STOPPING:
+        """Handles SIGINT and SIGTERM from now on, whoever did before; in the main thread alone."""
+        for number in self._ours():
             signal.signal(number, self._handle)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Handles SIGINT and SIGTERM meanwhile."""
-        before = [signal.getsignal(number) for number in _STOPPING]
+        before = [signal.getsignal(number) for number in self._ours()]
         self.install()
         try:
             yield
         finally:
-            for number, handler in zip(_STOPPING, before, strict=True):
+            for number, handler in zip(self._ours(), before, strict=True):
                 signal.signal(number, handler)
 
 

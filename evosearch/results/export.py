@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Records",
     "export",
+    "frame",
     "front_records",
     "measurement_records",
     "population_records",
@@ -167,10 +168,11 @@ def _write_json(records: Records, path: Path) -> None:
     path.write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
 
 
-def _frame(records: Records) -> "pd.DataFrame":
+def frame(records: Records) -> "pd.DataFrame":
+    """The table, each column with the type that it has in every run."""
     import pandas as pd
 
-    frame = pd.DataFrame.from_records(list(records.rows), columns=list(records.columns))
+    found = pd.DataFrame.from_records(list(records.rows), columns=list(records.columns))
     # A column that happens to be empty in this run keeps the type it has in others.
     text = (*_TEXT, *(name for name in records.columns if name.startswith("blend:")))
     types = {
@@ -180,15 +182,15 @@ def _frame(records: Records) -> "pd.DataFrame":
         **dict.fromkeys(_NUMBERS, "float64"),
         **dict.fromkeys(_COUNTS, "Int64"),
     }
-    return frame.astype({name: kind for name, kind in types.items() if name in frame})
+    return found.astype({name: kind for name, kind in types.items() if name in found})
 
 
 def _write_csv(records: Records, path: Path) -> None:
-    _frame(records).to_csv(path, index=False, lineterminator="\n")
+    frame(records).to_csv(path, index=False, lineterminator="\n")
 
 
 def _write_parquet(records: Records, path: Path) -> None:
-    _frame(records).to_parquet(path, index=False)
+    frame(records).to_parquet(path, index=False)
 
 
 _WRITERS: dict[str, Callable[[Records, Path], None]] = {
