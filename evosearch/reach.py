@@ -1,14 +1,17 @@
-"""What the policies of a space can cost."""
+"""What the policies of a space can cost, and which they are where they are few."""
 
+import itertools
+import math
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
-from evosearch.space import SearchSpace
+from evosearch.space import LevelledSpace, SearchSpace
 
-__all__ = ["reachable_costs"]
+__all__ = ["policies_by_levels", "reachable_costs"]
 
 FloatArray = NDArray[np.float64]
 
@@ -17,6 +20,8 @@ _PROBES = 32
 # So often one more gene is changed, to one of at least three values, of so many for all genes.
 _ROUNDS = 6
 _MOVES = 64
+# Decoded in a tenth of a second.
+_FEW_GENOMES = 4096
 
 
 def reachable_costs(
@@ -78,3 +83,13 @@ def _driven(
             break
         best, least = moves[values.argmin()], float(values.min())
     return least
+
+
+def policies_by_levels(space: SearchSpace) -> list[Policy] | None:
+    """All policies that the levels of a space give; None if it has none, or too many to look at."""
+    if not isinstance(space, LevelledSpace):
+        return None
+    levels = space.levels()
+    if math.prod(map(len, levels)) > _FEW_GENOMES:
+        return None
+    return list(dict.fromkeys(space.decode(np.array(list(itertools.product(*levels))))))

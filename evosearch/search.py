@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from evosearch.ledger import Ledger, Member
 from evosearch.measurement import Measurement, Terms
 from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
+from evosearch.reach import policies_by_levels
 from evosearch.scoring.objectives import Goals
 from evosearch.scoring.racing import Bar, Race, Races
 from evosearch.snapshots import EVERY_S, Snapshots
@@ -31,8 +33,9 @@ SEARCH, BASELINE = "search", "baseline"
 # A failed candidate loses to every other one, however far that is from feasible: what others
 # violate is capped far below.
 _FAILED_VIOLATION, _MAX_VIOLATION = 1e9, 1e6
-# So many asks in a row without a new policy mean that the space has no more to give.
-_STALLED_ASKS = 200
+# So many asks in a row without a new policy mean that the space has no more to give; few do, where
+# all that its levels give is known. Between levels a space with a budget may have others.
+_STALLED_ASKS, _STALLED_WHEN_ALL = 200, 8
 _SPENT, _STOPPED = "the budget is spent", "stopped"
 _IDLE_ASKS = "search.idle_asks"
 
@@ -246,9 +249,30 @@ class Search:
             self._remember_population(self._told)
             self._told += 1
             self._idle_asks = 0 if ask.paid else self._idle_asks + 1
-            if self._idle_asks >= _STALLED_ASKS:
-                return self._outcome(True, f"no new policy in {_STALLED_ASKS} generations")
+            exhausted = self._exhausted()
+            if exhausted:
+                return self._outcome(True, exhausted)
             self._keep_snapshot()
+
+    def _exhausted(self) -> str | None:
+        """Why nothing new is to be expected, if that is so."""
+        if self._idle_asks >= _STALLED_ASKS:
+            return f"no new policy in {_STALLED_ASKS} generations"
+        if self._idle_asks >= _STALLED_WHEN_ALL and self._all_measured:
+            return f"all {len(self._paid)} policies of the space are measured"
+        return None
+
+    @property
+    def _all_measured(self) -> bool:
+        """Whether that is known, and so."""
+        return bool(self._affordable_by_levels) and self._affordable_by_levels <= self._paid
+
+    @cached_property
+    def _affordable_by_levels(self) -> set[str]:
+        """Digests of all affordable policies that levels give; empty where they are too many."""
+        policies = policies_by_levels(self._space) or []
+        pairs = zip(policies, self._shares(policies), strict=True)
+        return {p.digest for p, shares in pairs if self._scoring.goals.affordable(shares)}
 
     def _outcome(self, finished: bool, reason: str) -> Outcome:
         return Outcome(evaluations=self._evaluations, finished=finished, reason=reason)

@@ -122,11 +122,32 @@ def test_exhausted_space_ends_the_search(folder: Path, algorithm: str) -> None:
     bench.score = lambda policy: formula(policy, bench.table)
     bench.options = {"sparsity": [0.0, 1.0]}
     outcome = bench.search(1000)
-    ends = ("the algorithm has nothing more to ask", "no new policy in 200 generations")
+    ends = (
+        "the algorithm has nothing more to ask",
+        "no new policy in 200 generations",
+        f"all {outcome.evaluations} policies of the space are measured",
+    )
     assert outcome.finished
     assert outcome.reason in ends
     assert outcome.evaluations == len(bench.scored) <= 6
     assert algorithm != "random" or outcome.evaluations == 6
+
+
+@pytest.mark.parametrize(
+    ("constraints", "there_are"), [((), 6), (("macs <= 0.6",), 3)], ids=["all", "affordable"]
+)
+def test_space_of_which_all_is_measured_is_not_asked_for_long(
+    folder: Path, constraints: tuple[str, ...], there_are: int
+) -> None:
+    bench = Bench(folder / "run", "surrogate", table=chain_table([2, 3]))
+    bench.score = lambda policy: formula(policy, bench.table)
+    bench.options = {"sparsity": [0.0, 1.0]}
+    bench.constraints = list(constraints)
+    outcome = bench.search(1000)
+    assert outcome.finished
+    assert outcome.evaluations == there_are
+    assert outcome.reason == f"all {there_are} policies of the space are measured"
+    assert len(bench.asks()) <= there_are + 9
 
 
 def test_space_without_an_affordable_policy_ends_the_search(bench: Bench) -> None:
