@@ -10,16 +10,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from evosearch.algorithms import RANKING, UNSEEDED, ranked_count
+from evosearch.algorithms import RANKING, SURROGATE, UNSEEDED, ranked_count
 from evosearch.algorithms.seeding import ranked_genomes
 from evosearch.assembly import Assembled
 from evosearch.errors import ConfigError
 from evosearch.facts import read_facts
 from evosearch.ledger import Ledger
+from evosearch.networks.threads import on_threads
 from evosearch.pruning.criteria import channel_scores
 from evosearch.pruning.ranking import importance, losses, savings, thresholds
 from evosearch.recipe import RankingRecipe
-from evosearch.scoring.workload import Workload, samples_of, settled_batch_size, single_thread
+from evosearch.scoring.workload import Workload, samples_of, settled_batch_size
 from evosearch.strategy import Beginning, algorithm_settings, foresight_of
 
 __all__ = ["Ranked", "begins_with_rankings", "rank_channels", "ranked_by_channels", "seeds_of_run"]
@@ -76,11 +77,18 @@ def ranked_by_channels(assembled: Assembled) -> Beginning:
     rankings = assembled.recipe.search.rankings
     if not begins_with_rankings(assembled) or not rankings:
         return Beginning()
-    count = ranked_count(algorithm_settings(assembled.recipe, assembled.space))
+    settings = algorithm_settings(assembled.recipe, assembled.space)
     table = assembled.workload.plan.table
     foresight = foresight_of(assembled.goals, table)
     found = rank_channels(assembled.workload, rankings, assembled.spent)
-    genomes = ranked_genomes(found.paths, assembled.space, foresight, count)
+    # The surrogate has a first population with both ends besides; to others these are the first.
+    genomes = ranked_genomes(
+        found.paths,
+        assembled.space,
+        foresight,
+        ranked_count(settings),
+        narrowest=settings.name != SURROGATE,
+    )
     return Beginning(ranked=genomes.tolist(), losses=found.losses)
 
 
@@ -110,7 +118,7 @@ def rank_channels(workload: Workload, rankings: Sequence[RankingRecipe], cost: s
     """
     network, table, settings = workload.network(), workload.plan.table, workload.settings
     names = list(dict.fromkeys(ranking.criterion for ranking in rankings))
-    with single_thread():
+    with on_threads(1):
         # Gradients need all maps of a batch at once, and batch norm stays as it is.
         some = workload.calibration.take(np.arange(min(_IMAGES, len(workload.calibration))))
         # A GPU's batches may be far too large for this CPU.

@@ -6,7 +6,7 @@ and NSDE have, a ten-thousandth of it, is left as it is.
 - `de`: DE/rand/1/bin, F = 0.5, CR = 0.9, no mutation besides [Storn1997]. pymoo's default is
   DE/best/1/bin with CR = 0.2 and polynomial mutation.
 - `nsga2`: simulated binary crossover (eta 15, probability 0.9), polynomial mutation (eta 20,
-  probability 1/n), binary tournament [Deb2002].
+  probability 1/n per gene, of nine in ten offspring as pymoo has it), binary tournament [Deb2002].
 - `gde3`: DE/rand/1/bin, F = 0.5, CR = 0.9; parent against trial, then rank and crowding
   [Kukkonen2005]. pymoo's default CR is 0.5.
 - `nsde`: NSGA-II with the offspring of DE/rand/1/bin, F = 0.5, CR = 0.9.

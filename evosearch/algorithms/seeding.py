@@ -71,7 +71,12 @@ def initial_population(
 
 
 def ranked_genomes(
-    paths: Sequence[IntArray], space: SearchSpace, foresight: Foresight, n: int | None = None
+    paths: Sequence[IntArray],
+    space: SearchSpace,
+    foresight: Foresight,
+    n: int | None = None,
+    *,
+    narrowest: bool = False,
 ) -> FloatArray:
     """Genomes of paths, to begin with.
 
@@ -84,6 +89,8 @@ def ranked_genomes(
         space: What genomes mean.
         foresight: Knows costs and constraints.
         n: At most so many; all that there are if None.
+        narrowest: Whether the cheapest of a front is wanted beside such steps, which stop short of
+            it.
 
     Returns:
         `(m, n_genes)`, distinct as policies, in an order whose every beginning is spread about
@@ -94,18 +101,20 @@ def ranked_genomes(
     for path in paths[:1] if front else paths:
         genomes, cost = _rungs(path, space, foresight)
         if len(genomes):
-            found.append(genomes[_spread(cost, n) if front else [0]])
+            found.append(genomes[_spread(cost, n, narrowest) if front else [0]])
     chosen = np.concatenate(found)
     distinct = chosen[unique_rows(space.decode(chosen))] if len(chosen) else chosen
     return distinct[:n]
 
 
-def _spread(cost: FloatArray, n: int | None) -> list[int]:
+def _spread(cost: FloatArray, n: int | None, narrowest: bool) -> list[int]:
     """Rows of about n even steps from the highest to the lowest cost, or all; by halves."""
     if n is None:
         return halves(len(cost))
-    nearest: list[int] = evenly(cost, n)[halves(n)].tolist()
-    return nearest
+    ends = [int(cost.argmin())] if narrowest and n > 1 else []
+    steps = n - len(ends)
+    nearest: list[int] = evenly(cost, steps)[halves(steps)].tolist()
+    return ends + nearest
 
 
 def evenly(cost: FloatArray, n: int) -> IntArray:

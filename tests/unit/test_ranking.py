@@ -162,6 +162,16 @@ def test_a_front_begins_with_even_steps_along_the_first_path() -> None:
     assert last == costs.min()
 
 
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_a_front_may_begin_with_its_narrowest_network_too(n: int) -> None:
+    steps = ranked_genomes([path(0)], space(), foresight(), n)
+    found = ranked_genomes([path(0)], space(), foresight(), n, narrowest=True)
+    assert len(found) == n
+    narrowest = space().cheapest()
+    assert narrowest not in space().decode(steps)
+    assert (narrowest in space().decode(found)) == (n > 1)
+
+
 def test_all_rungs_are_of_the_first_path_and_distinct() -> None:
     found = space().decode(ranked_genomes([path(0), path(1)], space(), foresight()))
     assert len(set(found)) == len(found) > 60
