@@ -32,7 +32,7 @@ import torch
 from common import images, parser, show, write
 from scipy import stats
 
-from evosearch.assembly import Assembled, assemble, pool_settings
+from evosearch.assembly import Assembled, assemble
 from evosearch.data import Images, open_source
 from evosearch.ledger import Ledger
 from evosearch.measurement import Measurement
@@ -87,7 +87,7 @@ class Bench:
         self.workload = assembled.workload
         self.facts = assembled.criteria
         self.evaluations = evaluations
-        self.pool: Pool = make_pool(self.workload, pool_settings(assembled.recipe))
+        self.pool: Pool = make_pool(self.workload, assembled.recipe.run)
 
     def space(self, budget: float, facts: CriteriaFacts, **options: Any) -> SearchSpace:
         """A space of blends of some criteria, every policy of which spends the budget."""

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evosearch.data import Images
+from evosearch.ledger import LEDGER_FILE
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.policy import Policy
 from evosearch.progress import Silence
@@ -51,7 +52,7 @@ def complete_search(recipe: Recipe, folder: Path) -> Results:
 
     A folder that exists holds this search, or the part of it that a benchmark came to.
     """
-    begun = (folder / "ledger.sqlite").is_file()
+    begun = (folder / LEDGER_FILE).is_file()
     done = resume(folder, Silence()) if begun else launch(recipe, folder, Silence())
     if done.interrupted:
         raise SystemExit(f"stopped while searching: {done.outcome.reason}")

@@ -33,7 +33,8 @@ from evosearch.policy import Policy
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.groups import trace
 from evosearch.pruning.table import GroupTable
-from evosearch.scoring.pool import InProcessPool, PoolSettings, RayPool
+from evosearch.recipe import RunRecipe
+from evosearch.scoring.pool import InProcessPool, RayPool
 from evosearch.scoring.proxies import ProxySettings
 from evosearch.scoring.workload import (
     Workload,
@@ -109,7 +110,7 @@ def in_turns(
     )
     # Pools that wait hold memory of the device, and nothing else of it.
     share = 1 / everybody if gpu else 0.0
-    pools = {n: RayPool(workload, PoolSettings(workers=n, gpus_per_worker=share)) for n in scorers}
+    pools = {n: RayPool(workload, RunRecipe(workers=n, gpus_per_worker=share)) for n in scorers}
     rates: dict[int, list[float]] = {n: [] for n in scorers}
     found: list[Measurement] = []
     for n, pool in pools.items():

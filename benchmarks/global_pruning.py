@@ -18,10 +18,11 @@ from rivals import Pruned
 from torch import nn
 from torch.nn import functional as F
 
+from evosearch.networks.threads import on_threads
 from evosearch.policy import Policy
 from evosearch.pruning.criteria import GroupView
 from evosearch.scoring.scorer import Scorer
-from evosearch.scoring.workload import Workload, single_thread
+from evosearch.scoring.workload import Workload
 
 __all__ = ["PROXY", "GlobalPruning", "group_norm"]
 
@@ -60,7 +61,7 @@ class GlobalPruning:
         del folder, threads
         start = time.perf_counter()
         low, high, found = 0.0, 1.0, None
-        with single_thread():
+        with on_threads(1):
             gradients = _gradients(workload) if self.importance == "taylor" else {}
             for _ in range(_STEPS):
                 ratio = (low + high) / 2

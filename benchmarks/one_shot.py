@@ -31,7 +31,8 @@ from common import parser, show, write
 
 from evosearch.measurement import Measurement
 from evosearch.policy import Policy
-from evosearch.scoring.pool import PoolSettings, make_pool
+from evosearch.recipe import RunRecipe
+from evosearch.scoring.pool import make_pool
 from evosearch.scoring.workload import Workload
 
 SHARES = (0.7, 0.5, 0.3)
@@ -42,7 +43,7 @@ def measured(
     workload: Workload, policies: list[Policy], workers: int
 ) -> dict[Policy, dict[str, float]]:
     """Metrics of policies, or an end of it all."""
-    pool = make_pool(workload, PoolSettings(workers=workers))
+    pool = make_pool(workload, RunRecipe(workers=workers))
     landed: list[Measurement] = []
     pool.score(list(dict.fromkeys(policies)), landed.append, lambda: False)
     pool.close()

@@ -32,10 +32,10 @@ from evosearch.assembly import assemble
 from evosearch.data import open_source
 from evosearch.measurement import Measurement
 from evosearch.pareto import hypervolume
-from evosearch.recipe import Recipe, load_recipe
+from evosearch.recipe import Recipe, RunRecipe, load_recipe
 from evosearch.results.front import Results
 from evosearch.scoring.objectives import reference_point
-from evosearch.scoring.pool import PoolSettings, make_pool
+from evosearch.scoring.pool import make_pool
 from evosearch.scoring.workload import prepare_workload
 
 CLASSES = 10
@@ -83,7 +83,7 @@ def on_test(recipe: Recipe, results: list[Results], folder: Path, workers: int) 
         with file.open("a") as stream:
             stream.write(json.dumps(found) + "\n")
 
-    pool = make_pool(workload, PoolSettings(workers=workers))
+    pool = make_pool(workload, RunRecipe(workers=workers))
     pool.score(unknown, record, lambda: False)
     pool.close()
     return errors

@@ -40,9 +40,9 @@ from evosearch.assembly import Assembled, assemble
 from evosearch.ledger import Ledger
 from evosearch.measurement import METRICS, Measurement, Status
 from evosearch.policy import Policy
-from evosearch.recipe import load_recipe
+from evosearch.recipe import RunRecipe, load_recipe
 from evosearch.scoring.dispatch import Dispatcher, Record, Stop, Transport
-from evosearch.scoring.pool import PoolSettings, RayPool, RayTransport
+from evosearch.scoring.pool import RayPool, RayTransport
 from evosearch.scoring.racing import NO_RACES, Race, Races
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.simulation import Fate, RealClock, SimulatedCluster
@@ -191,7 +191,7 @@ def real(assembled: Assembled, candidates: int, repetitions: int) -> dict[str, A
 
     # Room for both pools at once; they work in turns.
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    pools = {n: RayPool(assembled.workload, PoolSettings(workers=n)) for n in (1, 2)}
+    pools = {n: RayPool(assembled.workload, RunRecipe(workers=n)) for n in (1, 2)}
     genomes = np.random.default_rng(1).random((candidates, assembled.space.n_genes))
     policies = assembled.space.decode(genomes)
     macs = assembled.workload.plan.table.costs_of(policies)[0]

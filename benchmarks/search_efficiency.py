@@ -45,9 +45,9 @@ from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.pareto import front_mask, hypervolume
 from evosearch.policy import Policy
 from evosearch.pruning.groups import trace
-from evosearch.recipe import RANKINGS
+from evosearch.recipe import RANKINGS, RunRecipe
 from evosearch.scoring.objectives import Goals, reference_point, worst_metrics
-from evosearch.scoring.pool import Pool, PoolSettings, make_pool
+from evosearch.scoring.pool import Pool, make_pool
 from evosearch.scoring.proxies import ProxySettings
 from evosearch.scoring.workload import Workload, prepare_workload, settled_precision
 from evosearch.space import SearchSpace, make_space, unique_rows
@@ -122,7 +122,7 @@ class Scores:
             costs = self.table.costs_of(missing)[0]
             order = sorted(range(len(missing)), key=lambda i: -int(costs[i]))
             if self._pool is None:
-                self._pool = make_pool(self.workload, PoolSettings(workers=self._workers))
+                self._pool = make_pool(self.workload, RunRecipe(workers=self._workers))
             self._pool.score([missing[i] for i in order], self._record, lambda: False)
             self._file.commit()
         return [self._known[policy.digest] for policy in policies]

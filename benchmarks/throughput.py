@@ -43,7 +43,8 @@ from evosearch.policy import Policy
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.pruning.groups import trace
 from evosearch.pruning.table import GroupTable
-from evosearch.scoring.pool import PoolSettings, RayPool
+from evosearch.recipe import RunRecipe
+from evosearch.scoring.pool import RayPool
 from evosearch.scoring.proxies import ProxySettings
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.workload import (
@@ -334,7 +335,7 @@ def in_turns(
         log_to_driver=False,
         object_store_memory=1 << 30,
     )
-    pools = {n: RayPool(w, PoolSettings(workers=PROCESSES)) for n, w in workloads.items()}
+    pools = {n: RayPool(w, RunRecipe(workers=PROCESSES)) for n, w in workloads.items()}
     with ProcessPoolExecutor(PROCESSES, context, start_rival, arguments) as executor:
         turns: dict[str, Callable[[list[Policy]], tuple[float, Found]]] = {
             RIVAL: functools.partial(rival_block, executor, study, table),

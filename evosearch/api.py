@@ -1,6 +1,5 @@
 """Searching from Python, in a notebook say: what commands do, with objects for answers."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +121,6 @@ class Run:
             ConfigMismatch: Network or images are not the ones that were measured.
         """
         from evosearch.results.networks import NetworkWriter, chosen_row
-        from evosearch.training.baseline import trainable
 
         preparation = Preparation(calibration=calibration, settings=dict(changes or {}))
         with Ledger.open(self.directory) as ledger:
@@ -131,9 +129,7 @@ class Run:
                 writer = NetworkWriter(self.directory, ledger, preparation)
                 self._writer = preparation, writer
         writer = self._writer[1]
-        found, _ = writer.prepare(row)
-        # A copy: the writer's own is cut anew for every policy.
-        return trainable(copy.deepcopy(found.module), like=writer.dense.module)
+        return writer.trainable(row).module
 
     def export(
         self,

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evosearch.algorithms import settled_algorithm, settled_population
 from evosearch.data import Images
 from evosearch.doubts import doubts_about
 from evosearch.errors import (
@@ -34,7 +33,6 @@ from evosearch.reach import reachable_costs
 from evosearch.recipe import RANKINGS, ProxyRecipe, RankingRecipe, Recipe
 from evosearch.scoring.devices import check_devices, gpus_here
 from evosearch.scoring.objectives import COSTS, Goals, worst_metrics
-from evosearch.scoring.pool import PoolSettings
 from evosearch.scoring.proxies import ProxySettings, proxy_named
 from evosearch.scoring.timing import stand_in, time_passes
 from evosearch.scoring.workload import (
@@ -47,7 +45,7 @@ from evosearch.scoring.workload import (
 )
 from evosearch.snapshots import versions
 from evosearch.space import CriteriaFacts, CriteriaWish, SearchSpace, criteria_wish, make_space
-from evosearch.strategy import algorithm_of, goals_of, wants_latency
+from evosearch.strategy import algorithm_of, algorithm_settings, goals_of, wants_latency
 
 # So many random genomes show whether widths that are not multiples are asked for at all.
 _PROBES = 32
@@ -58,20 +56,8 @@ __all__ = [
     "Assembled",
     "assemble",
     "assemble_again",
-    "pool_settings",
-    "rounding",
+    "width_multiple",
 ]
-
-
-def pool_settings(recipe: Recipe) -> PoolSettings:
-    """Where scoring runs."""
-    run = recipe.run
-    return PoolSettings(
-        workers=run.workers,
-        timeout_s=run.timeout_s,
-        gpus_per_worker=run.gpus_per_worker,
-        ray_address=run.ray_address,
-    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -159,7 +145,7 @@ def assemble(
     """Makes everything that a recipe names, and checks that it fits together.
 
     Args:
-        recipe: It.
+        recipe: What is wanted.
         criteria: What "all criteria" meant when a run was launched; later versions have more.
         latency: What was timed then. If that is None and the recipe wants it, it is timed now.
         settles_widths: Where it is timed, widths become multiples of `BLOCK` if others are slow and
@@ -193,7 +179,7 @@ def assemble(
         workload = prepare_workload(
             network,
             plan,
-            _proxy_settings(recipe.proxy, network.input.shape),
+            _proxy_settings(recipe.proxy),
             image_sets.calibration,
             image_sets.validation,
             facts.names if facts else (),
@@ -238,9 +224,9 @@ def assemble_again(recorded: RunFacts, recipe: Recipe, run: Path) -> Assembled:
     """The objects of a run, which are those that it was launched with.
 
     Args:
-        recorded: Its facts.
-        recipe: Theirs; where to score may be another matter.
-        run: Its directory, for messages.
+        recorded: The run's facts.
+        recipe: The run's recipe; its `[run]` table, where to score, may have changed.
+        run: The run's directory, for messages.
 
     Raises:
         ConfigMismatch: Network or images are not the ones that were measured.
@@ -267,7 +253,7 @@ class _Maker:
     """Makes the space that a recipe names.
 
     Args:
-        recipe: It.
+        recipe: Names the space and its options.
         goals: Its objectives and constraints.
         facts: What the space is told about criteria, if it asks.
     """
@@ -332,7 +318,7 @@ class _Maker:
         self.check_untimed(plan.table, options)
         time = functools.partial(time_passes, network, plan, self.recipe.latency)
         if not settles_widths or not self.may_round(plan.table, options):
-            return time(rounding(options)), options
+            return time(width_multiple(options)), options
         latency = time(None)
         if not minds_odd_widths(latency.odd):
             return latency, {**options, "round_to": 1}
@@ -344,14 +330,14 @@ class _Maker:
         return latency, suited
 
 
-def rounding(options: Mapping[str, Any]) -> int:
-    """Of what widths are multiples, in a space that says so; 1 where that makes no sense."""
+def width_multiple(options: Mapping[str, Any]) -> int:
+    """The number that all widths of a space are multiples of, 1 if it does not say."""
     wish = options.get("round_to")
     return wish if isinstance(wish, int) and wish > 0 else 1
 
 
-def _proxy_settings(proxy: ProxyRecipe, shape: tuple[int, ...]) -> ProxySettings:
-    """What scorers are told of a settled recipe's proxy."""
+def _proxy_settings(proxy: ProxyRecipe) -> ProxySettings:
+    """What scorers are told of a settled recipe's proxy, whose batch size is settled, too."""
     return ProxySettings(
         name=proxy.name,
         criterion=proxy.criterion,
@@ -366,7 +352,7 @@ def _proxy_settings(proxy: ProxyRecipe, shape: tuple[int, ...]) -> ProxySettings
         distillation_steps=proxy.distillation_steps,
         distillation_lr=proxy.distillation_lr,
         precision=proxy.precision,
-        batch_size=settled_batch_size(proxy.batch_size, shape),
+        batch_size=cast(int, proxy.batch_size),
         calibration_batch=proxy.calibration_batch,
     )
 
@@ -426,11 +412,10 @@ def _settled(
         "check": len(images.check) // views,
     }
     data = recipe.data.model_copy(update=sizes)
-    name = settled_algorithm(recipe.search.algorithm, space)
-    population = settled_population(recipe.search.population, name, recipe.run.workers)
     begin = rankings if recipe.search.rankings is None else recipe.search.rankings
+    chosen = algorithm_settings(recipe, space)
     search = recipe.search.model_copy(
-        update={"algorithm": name, "population": population, "rankings": begin}
+        update={"algorithm": chosen.name, "population": chosen.population, "rankings": begin}
     )
     return recipe.model_copy(update={"proxy": proxy, "data": data, "search": search})
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from evosearch.run import Finished
 
 INTERRUPTED = 130
-# Each epoch of a training has a seed of its own, a million to each of these.
+# Torch is seeded with a million times this, plus the epoch, which must fit into 64 bits.
 _SEEDS = 10**12
 
 app = typer.Typer(
@@ -67,8 +67,7 @@ def _changes(settings: list[str] | None) -> dict[str, Any]:
     """Dotted keys of a recipe to values."""
     from evosearch.recipe import parse_setting
 
-    parsed = (parse_setting(setting) for setting in settings or ())
-    return {".".join(keys): value for keys, value in parsed}
+    return dict(map(parse_setting, settings or ()))
 
 
 def _conclude(finished: "Finished") -> None:
@@ -240,7 +239,9 @@ def profile(recipe: RecipeName, settings: Settings = None, workers: Workers = No
 @app.command()
 def fidelity(
     subject: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="What is pruned")],
-    policies: Annotated[int, typer.Option(min=1, help="Policies per set")] = 40,
+    policies: Annotated[
+        int, typer.Option(min=1, help="Policies to draw, and to take from a run")
+    ] = 40,
     truth: Annotated[
         str,
         typer.Option(
@@ -254,10 +255,13 @@ def fidelity(
     proxies: Annotated[str, typer.Option(help="`evosearch list variants`, or all")] = "all",
     proxy_variant: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME:KEY=VALUE,...", help="A variant of yours, in proxy and data"),
+        typer.Option(
+            metavar="NAME:KEY=VALUE,...",
+            help="Your own variant: other values of proxy.* and data.*",
+        ),
     ] = None,
     macs: Annotated[str, typer.Option(help="Band of MACs, shares of dense")] = "0.46,0.54",
-    seed: Annotated[int, typer.Option(min=0, help="Of the drawn policies")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn policies")] = 0,
     workers: Workers = None,
     truth_on: Annotated[
         str | None, typer.Option(help="test or held-out [test if there are such images]")
@@ -318,7 +322,9 @@ def criteria(
     recipe: RecipeName,
     settings: Settings = None,
     png: Annotated[Path | None, typer.Option(help="Draw the correlations into this file")] = None,
-    group: Annotated[str | None, typer.Option(help="This group's clusters and panel")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Show one group alone: its clusters, its part of the picture")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
 ) -> None:
     """Show which criteria rank the channels of a network alike, group by group.
@@ -344,8 +350,12 @@ def criteria(
 
 @app.command()
 def train(
-    network: Annotated[str, typer.Argument(help="A name, module:factory or file.py:factory")],
-    data: Annotated[str, typer.Argument(help="Name of a data set, or an .npz file")],
+    network: Annotated[
+        str, typer.Argument(metavar="NETWORK", help="A name, module:factory or file.py:factory")
+    ],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Name of a data set, or an .npz file")
+    ],
     out: Annotated[Path, typer.Option(help="Where the weights go (.safetensors)")],
     num_classes: Annotated[int, typer.Option(min=1, help="Width of the classifier")] = 10,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images")] = 100,
@@ -357,13 +367,16 @@ def train(
         typer.Option(min=1, help="Side that image files are fitted to [the network's; 224]"),
     ] = None,
     crop_padding: Annotated[
-        int | None, typer.Option(min=0, help="Of random crops [the catalogue's; 4 for your own]")
+        int | None,
+        typer.Option(min=0, help="Padding before random crops [the catalogue's; 4 for your own]"),
     ] = None,
     flip: Annotated[
         bool | None, typer.Option(help="Mirror half of the images [the catalogue's; else yes]")
     ] = None,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    seed: Annotated[int, typer.Option(min=0, max=_SEEDS, help="Of weights, order and crops")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=_SEEDS, help="Seed of weights, order and crops")
+    ] = 0,
     threads: Threads = None,
     device: Device = "auto",
     data_root: Annotated[Path, typer.Option(help="Folder of the data set")] = Path("data"),
@@ -374,7 +387,7 @@ def train(
         bool, typer.Option("--official-order", help="The .npz is in random order already")
     ] = False,
 ) -> None:
-    """Train a dense baseline: seeded, with a log; run again after a kill, it continues.
+    """Train a dense network: seeded, with a log; run again after a kill, it continues.
 
     Example: evosearch train resnet20 cifar10 --download --out resnet20.safetensors
     """
@@ -439,7 +452,7 @@ def finetune(
     distillation: Annotated[
         float, typer.Option(help="Share of the loss that follows the dense network; 1: no labels")
     ] = 0.9,
-    temperature: Annotated[float, typer.Option(help="Of both outputs in that part")] = 4.0,
+    temperature: Annotated[float, typer.Option(help="Softmax temperature in that part")] = 4.0,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -449,7 +462,7 @@ def finetune(
         ),
     ] = None,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or auto")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, max=_SEEDS, help="Of order and crops")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_SEEDS, help="Seed of order and crops")] = 0,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
@@ -494,8 +507,9 @@ def list_names(
     what: Annotated[
         str,
         typer.Argument(
+            metavar="WHAT",
             help="settings, recipes, spaces, algorithms, criteria, proxies, variants, networks, "
-            "datasets, stopwatches"
+            "datasets, stopwatches",
         ),
     ],
 ) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from evosearch.errors import ConfigError
 from evosearch.files import write_atomically
 from evosearch.materials import network_and_images
+from evosearch.networks.threads import on_threads
 from evosearch.pruning.blending import cluster, cluster_groups, spearman
 from evosearch.pruning.criteria import applicable_criteria, channel_scores
 from evosearch.pruning.groups import trace
@@ -19,7 +20,6 @@ from evosearch.scoring.workload import (
     samples_of,
     settled_batch_size,
     settled_calibration_batch,
-    single_thread,
 )
 from evosearch.space import CriteriaWish, criteria_wish
 
@@ -82,7 +82,7 @@ def compare(recipe: Recipe) -> Comparison:
     size = settled_batch_size(proxy.batch_size, network.input.shape)
     together = settled_calibration_batch(proxy.calibration_batch, proxy.batch_size, size)
     samples = samples_of(network, images.calibration, together or size, proxy.labels)
-    with single_thread():
+    with on_threads(1):
         scores = channel_scores(network.module, plan, names, samples, coupling=proxy.coupling)
     table = plan.table
     groups = [group.name for group in table.groups]

@@ -2,7 +2,7 @@
 
 EvosearchError
 ├─ ConfigError(ValueError)            exit 2   a recipe, an option or an argument is wrong
-│  └─ ConfigMismatch                           a run directory belongs to another recipe
+│  └─ ConfigMismatch                           a run, or what it measured, is another by now
 ├─ DataError(ValueError)              exit 2   images or labels are missing or unusable
 ├─ NetworkError(ValueError)           exit 2   a network or its weights cannot be used
 ├─ SpaceError(ValueError)             exit 2   a genome or a policy cannot be what it claims
@@ -15,7 +15,7 @@ EvosearchError
 │  ├─ LedgerCorrupt                            not a ledger, or damaged
 │  └─ ReplayMismatch                           the algorithm no longer asks what it asked before
 ├─ BackendError(RuntimeError)         exit 1   no worker can be started, nothing can be written
-└─ CandidateError(RuntimeError)                never leaves the scorer; becomes Measurement.status
+└─ CandidateError(RuntimeError)                never leaves `scoring`; becomes Measurement.status
    ├─ CandidateOutOfMemory
    └─ WorkerLost
 
@@ -65,7 +65,7 @@ class ConfigError(EvosearchError, ValueError):
 
 
 class ConfigMismatch(ConfigError):
-    """A run directory was made with another recipe; names the key and both values."""
+    """What a run or a study was made with has changed: recipe, settings, network or images."""
 
 
 class DataError(EvosearchError, ValueError):
@@ -129,7 +129,7 @@ class CandidateError(EvosearchError, RuntimeError):
 
 
 class CandidateOutOfMemory(CandidateError):
-    """Scoring ran out of memory, also with half the batch."""
+    """Scoring ran out of memory."""
 
 
 class WorkerLost(CandidateError):

@@ -64,9 +64,9 @@ class RunFacts(BaseModel):
     seeds: tuple[tuple[float, ...], ...]
     """Genomes that the first population was to hold."""
     ranked: tuple[tuple[float, ...], ...] = ()
-    """Genomes that rankings of channels gave; none in runs of before there were any."""
+    """Genomes that rankings of channels gave; none in runs from before there were any."""
     losses: tuple[tuple[float, ...], ...] = ()
-    """By group and kept channels, what the first ranking has it lose; none in runs of before."""
+    """By group and kept channels, what the first ranking has it lose; none in older runs."""
     resumed_on_gpus: float = 0.0
     """Share of one for each scorer, where the run was resumed on GPUs."""
     resumed_with_workers: int | None = None

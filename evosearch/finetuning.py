@@ -1,12 +1,11 @@
 """The work behind `evosearch finetune`: a network of a run, trained on the run's own images."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evosearch.data import Images
+from evosearch.data import Images, whole
 from evosearch.errors import DataError
 from evosearch.files import make_parent
 from evosearch.ledger import Ledger
@@ -18,15 +17,8 @@ from evosearch.results.networks import NetworkWriter, chosen_row
 from evosearch.results.preparation import AS_SEARCHED, Preparation
 from evosearch.scoring.workload import settled_precision
 from evosearch.training import Checkpoint, TrainSettings, top1, train
-from evosearch.training.baseline import trainable
-from evosearch.training.command import (
-    CHECKPOINT,
-    check_result,
-    how_trained,
-    whole,
-    write_records,
-)
 from evosearch.training.devices import on_device, training_device
+from evosearch.training.records import CHECKPOINT, check_result, how_trained, write_records
 
 __all__ = ["FineTuned", "FineTuning", "fine_tune"]
 
@@ -174,10 +166,7 @@ def _described(writer: NetworkWriter, row: Row) -> dict[str, Any]:
 
 def _networks(writer: NetworkWriter, row: Row, device: str) -> tuple[Network, Network]:
     """The network of a policy, to be trained, and the dense one that guides it."""
-    found, _ = writer.prepare(row)
-    # A copy: the writer's own is cut anew for every policy.
-    module = trainable(copy.deepcopy(found.module), like=writer.dense.module)
-    return on_device(replace(found, module=module), device), on_device(writer.dense, device)
+    return on_device(writer.trainable(row), device), on_device(writer.dense, device)
 
 
 def _subject(writer: NetworkWriter, row: Row, training: Images) -> dict[str, str]:

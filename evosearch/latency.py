@@ -85,7 +85,7 @@ class Term(_Part):
     @model_validator(mode="before")
     @classmethod
     def _earlier(cls, given: Any) -> Any:
-        """Runs of before there were sixteens said whether widths were rounded up to eights."""
+        """Runs from before there were sixteens say whether widths were rounded up to eights."""
         if isinstance(given, dict) and "rounded" in given:
             kept = {key: value for key, value in given.items() if key != "rounded"}
             return kept | {"block": BLOCK if given["rounded"] else 1}

@@ -40,11 +40,22 @@ from evosearch.locks import RunLock
 from evosearch.measurement import Measurement, Status, Terms
 from evosearch.policy import Policy
 
-__all__ = ["SCHEMA_VERSION", "Entry", "Ledger", "Member", "Snapshot"]
+__all__ = [
+    "LEDGER_FILE",
+    "SCHEMA_VERSION",
+    "Entry",
+    "Ledger",
+    "Member",
+    "Snapshot",
+    "check_new",
+    "leftovers",
+]
 
 SCHEMA_VERSION = 3
 _APPLICATION_ID = 0x45564F53  # "EVOS"
-_FILE, _SCRATCH = "ledger.sqlite", ".tmp"
+LEDGER_FILE = "ledger.sqlite"
+"""Of a run, within its directory."""
+_SCRATCH = ".tmp"
 _SYNC_EVERY_S = 1.0
 
 _SCHEMA = """
@@ -191,6 +202,22 @@ def _decoding(path: Path) -> Iterator[None]:
         ) from exc
 
 
+def check_new(run: Path) -> None:
+    """Checks that a directory holds no run.
+
+    Raises:
+        RunExists: It does.
+    """
+    if (run / LEDGER_FILE).exists():
+        again = f"evosearch resume {quote(str(run))}"
+        raise RunExists(f"{run} is a run already; `{again}`, or name another --out")
+
+
+def leftovers(run: Path) -> list[Path]:
+    """What a launch that was killed at once may leave: a ledger that has no name yet."""
+    return list(run.glob(f"{LEDGER_FILE}.*{_SCRATCH}"))
+
+
 class Ledger:
     """The measurements of one run.
 
@@ -218,7 +245,7 @@ class Ledger:
             LedgerLocked: Another process is about to make one.
         """
         lock = RunLock(run)
-        path = run / _FILE
+        path = run / LEDGER_FILE
         try:
             cls._make(path, meta)
             with _translated(path):
@@ -233,13 +260,10 @@ class Ledger:
     def _make(path: Path, meta: Mapping[str, Any]) -> None:
         """Complete before it has its name: a kill in between leaves no half-made ledger."""
         run = path.parent
-        if path.exists():
-            raise RunExists(
-                f"{run} is a run already; `evosearch resume {quote(str(run))}`, or another --out"
-            )
-        for leftover in (*run.glob(f"{_FILE}-*"), *run.glob(f"{_FILE}.*{_SCRATCH}")):
+        check_new(run)
+        for leftover in (*run.glob(f"{LEDGER_FILE}-*"), *leftovers(run)):
             leftover.unlink(missing_ok=True)
-        scratch = run / f"{_FILE}.{os.getpid()}{_SCRATCH}"
+        scratch = run / f"{LEDGER_FILE}.{os.getpid()}{_SCRATCH}"
         with _translated(path), contextlib.closing(sqlite3.connect(scratch)) as db:
             db.executescript(_SCHEMA)
             db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
@@ -259,9 +283,9 @@ class Ledger:
             LedgerVersionError: Another schema wrote it.
             LedgerCorrupt: It is damaged or no ledger.
         """
-        path = run / _FILE
+        path = run / LEDGER_FILE
         if not path.is_file():
-            raise LedgerError(f"{run} is not a run: it has no {_FILE}")
+            raise LedgerError(f"{run} is not a run: it has no {LEDGER_FILE}")
         lock = RunLock(run) if write else None
         try:
             with _translated(path):

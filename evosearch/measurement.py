@@ -29,6 +29,11 @@ class Status(enum.StrEnum):
     OUT_OF_MEMORY = "out-of-memory"
     WORKER_LOST = "worker-lost"
 
+    @property
+    def failed(self) -> bool:
+        """Whether nothing is known of the policy."""
+        return self not in (Status.OK, Status.DROPPED)
+
 
 class Terms(enum.StrEnum):
     """On what images a policy is measured; of each kind it has one measurement at most."""
@@ -70,7 +75,7 @@ class Measurement:
     blocks: bytes = b""
 
     def __post_init__(self) -> None:
-        if self.status in (Status.OK, Status.DROPPED):
+        if not self.status.failed:
             bad = [name for name in METRICS if not math.isfinite(self.metrics.get(name, math.nan))]
             if bad:
                 raise ValueError(
@@ -90,4 +95,4 @@ class Measurement:
     @property
     def failed(self) -> bool:
         """Whether there is nothing but a reason."""
-        return self.status not in (Status.OK, Status.DROPPED)
+        return self.status.failed

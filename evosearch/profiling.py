@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from evosearch.assembly import Assembled, assemble, rounding
+from evosearch.assembly import Assembled, assemble, width_multiple
 from evosearch.doubts import few_images
 from evosearch.errors import ConfigError
 from evosearch.latency import LatencyModel
@@ -39,6 +39,7 @@ class Profile:
         lowest, highest: Shares of costs that the space reaches, by name.
         latency: What was timed, in words; None if networks of some widths cannot be run.
         candidate: One measured policy, in the middle of the space.
+        device: Where that was.
         macs: That policy's share of MACs.
         predicted_seconds: Of the whole search.
         precision: Of forward passes, as settled for this machine.
@@ -59,6 +60,7 @@ class Profile:
     highest: Mapping[str, float]
     latency: str | None
     candidate: Measurement
+    device: str
     macs: float
     predicted_seconds: float
     precision: str
@@ -100,6 +102,7 @@ def profile(recipe: Recipe) -> Profile:
         highest=highest,
         latency=None if latency is None else latency.told(table.granularities),
         candidate=candidate,
+        device=device,
         macs=int(table.costs_of([middle])[0][0]) / table.dense_costs[0],
         predicted_seconds=seconds,
         precision=assembled.recipe.proxy.precision,
@@ -140,7 +143,7 @@ def _timed(assembled: Assembled) -> LatencyModel | None:
         return plan.table.latency
     try:
         network = assembled.workload.network()
-        return time_passes(network, plan, recipe.latency, rounding(recipe.space))
+        return time_passes(network, plan, recipe.latency, width_multiple(recipe.space))
     except ConfigError:
         if recipe.latency.measure is not None:
             raise
@@ -188,9 +191,9 @@ def profile_lines(recipe: Recipe, found: Profile) -> list[str]:
     if candidate.ok:
         error, divergence = candidate.metrics["error"], candidate.metrics["divergence"]
         told = f"top-1 {1 - error:.2%}, divergence {divergence:.4f}"
+    where = "on one core" if found.device == "cpu" else f"on {found.device}"
     lines.append(
-        f"candidate   uniform, {found.macs:.1%} of MACs: {told}, "
-        f"{candidate.seconds:.2f} s on one core"
+        f"candidate   uniform, {found.macs:.1%} of MACs: {told}, {candidate.seconds:.2f} s {where}"
     )
     count = recipe.search.evaluations + recipe.search.baseline
     lines.append(

@@ -219,7 +219,10 @@ class LatencyRecipe(Table):
 
 
 class RunRecipe(Table):
-    """`[run]`: where and how patiently; decides nothing about results."""
+    """`[run]`: where and how patiently.
+
+    Nothing of it decides results, but that GPUs settle a precision and a batch size left open.
+    """
 
     workers: Annotated[int, Field(ge=0)] = 2
     """Scorers on Ray, one thread each; 0 scores in the process."""
@@ -342,8 +345,8 @@ def recipe_path(name_or_path: str) -> Path:
     return path
 
 
-def parse_setting(setting: str, option: str = "--set") -> tuple[list[str], Any]:
-    """Reads `key=value`: the parts of a dotted key, and a TOML value or a bare word.
+def parse_setting(setting: str, option: str = "--set") -> tuple[str, Any]:
+    """Reads `key=value`: a dotted key, and a TOML value or a bare word.
 
     Raises:
         ConfigError: The text has another form; names the option it came with.
@@ -355,14 +358,15 @@ def parse_setting(setting: str, option: str = "--set") -> tuple[list[str], Any]:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string
-    return key.strip().split("."), value
+    return key.strip(), value
 
 
-def _assign(data: dict[str, Any], keys: list[str], value: Any) -> None:
+def _assign(data: dict[str, Any], dotted: str, value: Any) -> None:
+    keys = dotted.split(".")
     for depth, key in enumerate(keys[:-1]):
         inner = data.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"--set {'.'.join(keys)}: {'.'.join(keys[: depth + 1])} is no table")
+            raise ConfigError(f"--set {dotted}: {'.'.join(keys[: depth + 1])} is no table")
         data = inner
     data[keys[-1]] = value
 
@@ -375,7 +379,7 @@ def _absolute_paths(data: dict[str, Any], folder: Path) -> None:
             value = network.get(key)
             if not isinstance(value, str) or value.startswith("shipped:"):
                 continue
-            if key == "weights" or value.partition(":")[0].endswith(".py"):
+            if key == "weights" or _is_own_file(value):
                 network[key] = _from(folder, value)
     if isinstance(images, dict):
         images.setdefault("root", "data")
@@ -407,7 +411,7 @@ def _is_own_file(value: object) -> bool:
 
 def _from(folder: Path, value: str) -> str:
     path = Path(value).expanduser()
-    file = Path(value.rpartition(":")[0] or value) if ".py:" in value else path
+    file = Path(value.rpartition(":")[0]) if _is_own_file(value) else path
     beside = (folder.absolute() / file.expanduser()).exists()
     # What is not beside the recipe was typed on the command line: relative to where that runs.
     return str((folder.absolute() if beside else Path.cwd()) / path)
@@ -436,9 +440,9 @@ def load_recipe(
         raise ConfigError(f"recipe {path} cannot be read: {exc}") from exc
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"recipe {path} is not TOML: {exc}") from exc
-    for keys, value in map(parse_setting, settings):
-        _assign(data, keys, value)
-    return _settled(data, overrides, path.parent, f"recipe {name_or_path}")
+    for dotted, value in map(parse_setting, settings):
+        _assign(data, dotted, value)
+    return _checked(data, overrides, path.parent, f"recipe {name_or_path}")
 
 
 def recipe_of(data: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -451,15 +455,15 @@ def recipe_of(data: Mapping[str, Any], overrides: Mapping[str, Any] | None = Non
     Raises:
         ConfigError: Something in it is wrong; names the field.
     """
-    return _settled(copy.deepcopy(dict(data)), overrides, Path.cwd(), "recipe")
+    return _checked(copy.deepcopy(dict(data)), overrides, Path.cwd(), "recipe")
 
 
-def _settled(
+def _checked(
     data: dict[str, Any], overrides: Mapping[str, Any] | None, folder: Path, origin: str
 ) -> Recipe:
     for dotted, value in (overrides or {}).items():
         if value is not None:
-            _assign(data, dotted.split("."), value)
+            _assign(data, dotted, value)
     _absolute_paths(data, folder)
     return check_recipe(data, origin)
 
@@ -484,5 +488,5 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any], origin: str) -> Re
     """
     data: dict[str, Any] = recipe.model_dump(mode="json")
     for dotted, value in changes.items():
-        _assign(data, dotted.split("."), value)
+        _assign(data, dotted, value)
     return check_recipe(data, origin)

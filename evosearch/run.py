@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 from types import FrameType
 from typing import Any, Protocol
 
 from evosearch.algorithms import RANKING, SURROGATE
-from evosearch.assembly import Assembled, assemble, assemble_again, pool_settings
+from evosearch.assembly import Assembled, assemble, assemble_again
 from evosearch.checking import check_front, time_front
 from evosearch.errors import (
     BudgetUnreachable,
@@ -30,7 +29,7 @@ from evosearch.errors import (
 )
 from evosearch.facts import RunFacts, read_facts
 from evosearch.files import write_atomically
-from evosearch.ledger import Ledger
+from evosearch.ledger import Ledger, check_new, leftovers
 from evosearch.locks import LOCK_FILE
 from evosearch.measurement import Measurement
 from evosearch.networks import check_repeatable
@@ -127,12 +126,8 @@ def new_run_directory(recipe: str) -> Path:
 
 
 def _check_free(run: Path) -> None:
-    if (run / "ledger.sqlite").exists():
-        raise RunExists(
-            f"{run} is a run already; `evosearch resume {quote(str(run))}`, or name another --out"
-        )
-    # What a launch that was killed at once may leave.
-    ours = {LOCK_FILE, *(path.name for path in run.glob("ledger.sqlite.*.tmp"))}
+    check_new(run)
+    ours = {LOCK_FILE, *(path.name for path in leftovers(run))}
     if run.exists() and (not run.is_dir() or any(p.name not in ours for p in run.iterdir())):
         raise RunExists(f"{run} exists and is not empty; name another --out")
 
@@ -417,7 +412,7 @@ class _LazyPool:
         if self._pool is None:
             from evosearch.scoring.pool import make_pool
 
-            settings = pool_settings(self._assembled.recipe)
+            settings = self._assembled.recipe.run
             if settings.workers:
                 self._observer.phase(f"starting {settings.workers} workers")
             try:

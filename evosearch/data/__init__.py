@@ -10,6 +10,7 @@ from evosearch.data.arrays import (
     balanced_subset,
     check_classes,
     held_out_mask,
+    whole,
 )
 from evosearch.data.augment import augment
 from evosearch.data.sources import DATASETS, DataSource, SourceOptions, open_source
@@ -26,4 +27,5 @@ __all__ = [
     "check_classes",
     "held_out_mask",
     "open_source",
+    "whole",
 ]

@@ -16,6 +16,7 @@ __all__ = [
     "balanced_subset",
     "check_classes",
     "held_out_mask",
+    "whole",
 ]
 
 ImageArray = NDArray[np.uint8]
@@ -186,3 +187,8 @@ def check_classes(labels: LabelArray, classes: int, part: str) -> None:
     raise DataError(
         f"the network has {classes} classes, but a {part} image has the label {most}; {hint}"
     )
+
+
+def whole(pool: ImagePool) -> Images:
+    """All images of a pool."""
+    return pool.take(np.arange(len(pool.labels)))

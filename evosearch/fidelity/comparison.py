@@ -16,7 +16,7 @@ from evosearch.fidelity.statistics import (
     correlate,
     cross_validate,
 )
-from evosearch.measurement import Status
+from evosearch.measurement import METRICS, Status
 from evosearch.policy import Policy
 from evosearch.pruning.table import GroupTable
 
@@ -399,9 +399,6 @@ class _Group:
         }
 
 
-# Metrics that are never negative: ratios say more than differences.
-_POSITIVE = ("error", "loss", "margin", "divergence", "distortion")
-
-
 def _stretched(values: FloatArray, metric: str) -> FloatArray:
-    return np.log(np.maximum(values, 1e-6)) if metric in _POSITIVE else values
+    """Metrics are never negative: their ratios say more than their differences."""
+    return np.log(np.maximum(values, 1e-6)) if metric in METRICS else values

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from evosearch.assembly import Assembled, assemble, pool_settings
+from evosearch.assembly import Assembled, assemble
 from evosearch.errors import ConfigError, ConfigMismatch
 from evosearch.facts import read_facts
 from evosearch.fidelity.comparison import Comparison, compare
@@ -115,7 +115,7 @@ def subject(
         return load_recipe(name, settings or (), overrides), None
     with Ledger.open(run) as ledger:
         recipe = read_facts(ledger).recipe
-    changes = {".".join(keys): value for keys, value in map(parse_setting, settings or ())}
+    changes = dict(map(parse_setting, settings or ()))
     changes |= {key: value for key, value in overrides.items() if value is not None}
     return change_recipe(recipe, changes, f"the recipe of {run}"), run
 
@@ -356,7 +356,7 @@ def _score(
         )
         observer.landed(name, measurement, count, len(policies))
 
-    pool = make_pool(workload, pool_settings(recipe))
+    pool = make_pool(workload, recipe.run)
     stop.install()  # a cluster that is started here brings a SIGTERM handler of its own
     try:
         pool.score(missing, record, stop)

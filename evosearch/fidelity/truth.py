@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from evosearch.data import DataSource, ImagePool, Images, balanced_subset
+from evosearch.data import DataSource, ImagePool, Images, balanced_subset, whole
 from evosearch.errors import BackendError, ConfigError, DataError, EvosearchError
 from evosearch.fidelity.variants import RECIPE
 from evosearch.materials import source_of
@@ -125,7 +125,7 @@ class Truth:
 
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers of one repetition but its start, as plain data."""
-        # Journals of before there were teachers do not name any.
+        # Journals from before there were teachers do not name any.
         unnamed = ("seeds", "start", *(() if self.distillation else ("distillation",)))
         return {key: value for key, value in asdict(self).items() if key not in unnamed}
 
@@ -226,7 +226,7 @@ class _FineTuner:
         self._teacher = workload.network().module.to(device)
         self._images = _training_images(source.training(), truth, recipe.data.seed)
         pools = {part: _pool(source, part) for part in parts}
-        self._parts = {part: pool.take(np.arange(len(pool.labels))) for part, pool in pools.items()}
+        self._parts = {part: whole(pool) for part, pool in pools.items()}
 
     def run(self, policy: Policy, seed: int) -> FineTuned:
         """What a policy may do is part of the answer.
@@ -369,9 +369,9 @@ def _start_worker(
 
     Args:
         workload: As in `fine_tune_all`.
-        recipe: Likewise.
-        truth: Likewise.
-        parts: Likewise.
+        recipe: As in `fine_tune_all`.
+        truth: As in `fine_tune_all`.
+        parts: As in `fine_tune_all`.
         started: Counter of the workers, shared by them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)

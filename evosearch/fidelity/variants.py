@@ -128,13 +128,13 @@ def parse_variant(text: str) -> tuple[str, Variant]:
         raise ConfigError(f"--proxy-variant {text!r}: there is a variant {name!r} already")
     changes = {}
     for setting in rest.split(","):
-        keys, value = parse_setting(setting, "--proxy-variant")
-        if keys[0] not in _TABLES or len(keys) != 2:
+        key, value = parse_setting(setting, "--proxy-variant")
+        if key.partition(".")[0] not in _TABLES or key.count(".") != 1:
             raise ConfigError(
-                f"--proxy-variant {text!r}: {'.'.join(keys)} is no key of proxy or data, such as "
+                f"--proxy-variant {text!r}: {key} is no key of proxy or data, such as "
                 "proxy.criterion"
             )
-        changes[".".join(keys)] = value
+        changes[key] = value
     return name, Variant(title=rest.strip(), changes=changes)
 
 

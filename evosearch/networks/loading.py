@@ -20,10 +20,10 @@ from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from evosearch.errors import NetworkError
+from evosearch.errors import ConfigError, NetworkError
 from evosearch.networks.catalogue import BUILT_IN, IMAGENET, InputSpec
 from evosearch.networks.gpus import sent
-from evosearch.networks.own import import_file, import_named
+from evosearch.networks.own import import_own
 from evosearch.networks.weights import load_into, read_weights, weights_path
 
 __all__ = [
@@ -106,17 +106,15 @@ def _torchvision_factory(name: str) -> Callable[..., nn.Module] | None:
 
 def _own_factory(name: str) -> Callable[..., nn.Module]:
     place, _, attribute = name.rpartition(":")
-    path = Path(place).resolve()
-    if place.endswith(".py") and not path.is_file():
-        raise NetworkError(f"network {name!r}: file {path} does not exist")
     try:
-        module = import_file(path) if place.endswith(".py") else import_named(place)
+        factory = import_own(name)
+    except ConfigError as exc:
+        raise NetworkError(f"network {name!r}: {exc}") from exc
     except (Exception, SystemExit) as exc:  # a user's file may do anything while it is imported
         raise NetworkError(f"network {name!r}: importing {place} failed with {exc!r}") from exc
-    factory = getattr(module, attribute, None)
     if not callable(factory):
         raise NetworkError(f"network {name!r}: {place} has no function or class {attribute!r}")
-    return factory  # type: ignore[no-any-return]
+    return factory
 
 
 def trusted_factory(name: str) -> Callable[..., nn.Module]:
@@ -140,8 +138,8 @@ def trusted_factory(name: str) -> Callable[..., nn.Module]:
     if not foreign and _makes_networks(factory := _own_factory(name)):
         return factory
     raise NetworkError(
-        f"it names {attribute} of {place} as what makes its network, which is neither yours "
-        "nor a class of networks, and is not called for a file's sake"
+        f"it says that {attribute} of {place} makes its network; that is neither your own code nor "
+        "a class of networks, so it is not called"
     )
 
 
@@ -298,7 +296,7 @@ def _told_by_metadata(metadata: Mapping[str, str], origin: str) -> dict[str, Any
         }
         if not wanted[key]:
             raise NetworkError(
-                f"{origin}: its metadata says {key} = {metadata[key][:40]!r}, which cannot be; "
+                f"{origin}: its metadata says {key} = {metadata[key][:40]!r}, which is invalid; "
                 f"set network.{'input_shape' if key == 'shape' else key} in the recipe and remove "
                 "the metadata"
             )
@@ -343,8 +341,8 @@ def check_repeatable(network: Network) -> None:
     first, again = network.module.state_dict(), load_network(spec).module.state_dict()
     if any(not torch.equal(first[name], again[name]) for name in first):
         raise NetworkError(
-            f"network {spec.name!r} has other weights each time it is made: name a file of those "
-            "it was trained to (network.weights), or load them where it is made"
+            f"network {spec.name!r} gets different weights each time it is made: name a file "
+            "of its trained ones (network.weights), or load them where it is made"
         )
 
 
@@ -383,11 +381,11 @@ def load_network(spec: NetworkSpec, image_shape: tuple[int, int, int] | None = N
         if len(values) != channels:
             if key not in said and image_shape is not None:
                 raise NetworkError(
-                    f"the images have {channels} channels, and network.{key} is left out and then "
-                    f"ImageNet's, of {len(values)}; give images with the {len(values)} channels "
-                    "that the network takes, or name network.mean and network.std"
+                    f"the images have {channels} channels, and network.{key} is not set, so "
+                    f"ImageNet's is used, of {len(values)}; give images with the {len(values)} "
+                    "channels that the network takes, or name network.mean and network.std"
                 )
-            left = "" if key in said else ", as it is left out and then ImageNet's"
+            left = "" if key in said else ", as it is not set and ImageNet's is used"
             raise NetworkError(
                 f"network.{key} needs one number per input channel ({channels}), got "
                 f"{len(values)}{left}"

@@ -51,7 +51,7 @@ def import_own(name: str) -> object:
         raise ConfigError(f"file {place} does not exist")
     module = import_file(Path(place)) if place.endswith(".py") else import_named(place)
     if not hasattr(module, attribute):
-        raise ConfigError(f"{place} has no {attribute}")
+        raise ConfigError(f"{place} has no function or class {attribute!r}")
     return getattr(module, attribute)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evosearch.pruning.hooks import first_input, hooked
 from evosearch.pruning.layers import (
     Convolution,
     Proposal,
@@ -52,19 +53,15 @@ class _Run:
             before, after = partial(self._before, name), partial(self._after, name)
             handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(layer.register_forward_hook(after))
-        try:
-            with torch.enable_grad():
-                self.sources[_OUTPUT] = self._written_by(module(example))
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles), torch.enable_grad():
+            self.sources[_OUTPUT] = self._written_by(module(example))
 
     def _before(
         self, name: str, _layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
     ) -> None:
         if name in self.sources:
             self.repeated.add(name)
-        read = self._written_by(next(iter((*inputs, *named.values()))))
+        read = self._written_by(first_input(inputs, named))
         self.sources[name] = self.sources.get(name, set()) | read
 
     def _after(self, name: str, _layer: nn.Module, _inputs: object, output: Tensor) -> None:

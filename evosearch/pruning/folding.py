@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from evosearch.networks import Network
 from evosearch.pruning.fusing import Fused, Tail, can_fuse, tails_of
+from evosearch.pruning.hooks import hooked
 from evosearch.pruning.layers import Convolution, Norm
 
 __all__ = ["FastCopy", "Layout", "layout_of"]
@@ -60,12 +61,8 @@ def _seen(module: nn.Module, example: Tensor) -> Layout:
             handles.append(layer.register_forward_hook(after_layer))
         elif isinstance(layer, Norm) and layer.track_running_stats:
             handles.append(layer.register_forward_pre_hook(before_norm))
-    try:
-        with torch.inference_mode():
-            output = module(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.inference_mode():
+        output = module(example)
     head = next((name for name, tensor in returned if tensor is output), None)
     # Layers that run more than once are left alone.
     once = [

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from evosearch.errors import NetworkError
+from evosearch.pruning.hooks import hooked
 from evosearch.pruning.sampling import output_size, pads_with_zeros
 from evosearch.pruning.watching import IN_PLACE, RELU, Activation, Watch
 
@@ -328,10 +329,7 @@ def tails_of(module: nn.Module, example: Tensor, watched: Container[str] = ()) -
         for name, layer in module.named_modules()
         if pads_with_zeros(layer) or name in watched
     ]
-    try:
-        with Watch(added=recorder.added, activated=recorder.activated, read=recorder.read):
-            module(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch = Watch(added=recorder.added, activated=recorder.activated, read=recorder.read)
+    with hooked(handles), watch:
+        module(example)
     return recorder.tails()

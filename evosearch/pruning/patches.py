@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from evosearch.pruning.compensation import loaded_factor
 from evosearch.pruning.cutting import CuttingPlan, on_device
 from evosearch.pruning.folding import Layout
+from evosearch.pruning.hooks import first_input
 from evosearch.pruning.sampling import is_linear, output_size, pads_with_zeros
 from evosearch.pruning.statistics import run_watched, shared_tensor
 
@@ -83,7 +84,7 @@ class _PatchHook:
         self.centre = torch.zeros(())
 
     def __call__(self, module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        x = next(iter((*inputs, *named.values()))).detach()
+        x = first_input(inputs, named).detach()
         if isinstance(module, nn.Conv2d):
             names = ("dilation", "padding", "stride")
             how = {name: getattr(module, name) for name in names}

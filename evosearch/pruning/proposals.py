@@ -11,10 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from evosearch.errors import NetworkError
 from evosearch.pruning.chains import chains
 from evosearch.pruning.dependencies import dependencies
+from evosearch.pruning.hooks import hooked
 from evosearch.pruning.layers import (
     Convolution,
     Proposal,
@@ -150,9 +152,8 @@ def output_positions(module: nn.Module, example: Tensor) -> Positions:
         NetworkError: It fails, returns no logits, other ones each time, or ones without gradients.
     """
     found: Positions = {}
-    handles = []
 
-    def hook(name: str, layer: nn.Module) -> object:
+    def hook(name: str, layer: nn.Module) -> RemovableHandle:
         def record(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             width = dimensions(layer)[0]
             count = output.numel() // (len(example) * width)
@@ -163,20 +164,16 @@ def output_positions(module: nn.Module, example: Tensor) -> Positions:
 
         return layer.register_forward_hook(record)
 
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear | Convolution):
-            handles.append(hook(name, layer))
+    layers = module.named_modules()
+    handles = [hook(n, layer) for n, layer in layers if isinstance(layer, nn.Linear | Convolution)]
     try:
-        with torch.enable_grad():
+        with hooked(handles), torch.enable_grad():
             output = module(example)
     except Exception as exc:  # a user's network may raise anything
         raise NetworkError(
             f"the network fails on an input of shape {tuple(example.shape)}: {exc!r}; "
             "check network.input_shape"
         ) from exc
-    finally:
-        for handle in handles:
-            handle.remove()  # type: ignore[attr-defined]
     if not isinstance(output, Tensor) or output.ndim != 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise NetworkError(
@@ -194,8 +191,8 @@ def output_positions(module: nn.Module, example: Tensor) -> Positions:
     near = 1e-3 * float(output.abs().max())
     if not torch.allclose(again, output, rtol=1e-3, atol=near, equal_nan=True):
         raise NetworkError(
-            "the network gives other outputs each time for the same images, in evaluation mode, "
-            "too; F.dropout wants training=self.training, or nn.Dropout in its place"
+            "the network gives different outputs each time for the same images, in evaluation "
+            "mode, too; F.dropout wants training=self.training, or nn.Dropout in its place"
         )
     return found
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evosearch.pruning.cutting import CuttingPlan
+from evosearch.pruning.hooks import first_input, hooked
 from evosearch.pruning.table import Axis
 
 __all__ = ["InputHook", "Units", "gram_matrices", "run_watched", "shared_tensor", "units_of"]
@@ -71,7 +72,7 @@ class _GramHook:
     def __call__(
         self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
     ) -> None:
-        x = next(iter((*inputs, *named.values()))).detach()
+        x = first_input(inputs, named).detach()
         if isinstance(module, nn.Linear):
             x = x.reshape(-1, x.shape[-1])
         channels = self.units.gather(x).transpose(0, 1).flatten(1)
@@ -124,10 +125,6 @@ def run_watched(module: nn.Module, hooks: Mapping[str, InputHook], batches: list
         layers[name].register_forward_pre_hook(hook, with_kwargs=True)
         for name, hook in hooks.items()
     ]
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                module(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.inference_mode():
+        for batch in batches:
+            module(batch)

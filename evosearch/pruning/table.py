@@ -140,6 +140,18 @@ class GroupTable:
         """`(n_groups,)` of what the kept channels of each group are multiples."""
         return np.array([group.granularity for group in self.groups], dtype=np.int64)
 
+    def mask(self, keep: IntArray, places: IntArray | None = None) -> NDArray[np.bool_]:
+        """Which channels are kept: `(n_channels + 1,)` by flat number, the last one True.
+
+        Args:
+            keep: `(n_groups,)` channels that each group keeps.
+            places: `(n_channels,)` place of each in its group's order, 0 for the one that is kept
+                longest; their numbers' order if left out.
+        """
+        if places is None:
+            places = np.arange(len(self.group_of)) - self.offsets[self.group_of]
+        return np.append(places < keep[self.group_of], True)
+
     def whole(self, keep: IntArray) -> IntArray:
         """Counts `(..., n_groups)`, at least 1, rounded up to what can be kept."""
         return np.asarray(-(-keep // self.granularities) * self.granularities)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evosearch.pruning.folding import FastCopy, Layout
+from evosearch.pruning.hooks import hooked
 from evosearch.pruning.sampling import (
     Sampler,
     drawn_positions,
@@ -128,10 +129,6 @@ def targets_of(
         for layer in fast.module.modules()
         if _fitted(layer)
     ]
-    try:
-        with Watch(added=recorder.added, read=recorder.read):
-            fast.module(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), Watch(added=recorder.added, read=recorder.read):
+        fast.module(images)
     return recorder.targets()

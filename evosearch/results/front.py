@@ -11,8 +11,9 @@ from evosearch.ledger import Entry, Ledger
 from evosearch.measurement import Measurement, Status, Terms
 from evosearch.pareto import front_mask, hypervolume, total_violation
 from evosearch.policy import Policy
-from evosearch.scoring.objectives import Constraint, Goals, reference_point
+from evosearch.scoring.objectives import Goals, reference_point
 from evosearch.search import BASELINE, SEARCH
+from evosearch.strategy import goals_of
 
 __all__ = ["Results", "Row", "read_results"]
 
@@ -219,10 +220,7 @@ def read_results(ledger: Ledger) -> Results:
     """
     facts = read_facts(ledger)
     search = facts.recipe.search
-    goals = Goals(
-        objectives=tuple(search.objectives),
-        constraints=tuple(Constraint.parse(text) for text in search.constraints),
-    )
+    goals = goals_of(facts.recipe)
     checked = ledger.measurements(terms=Terms.CHECK)
 
     def rows(track: str, budget: int) -> tuple[Row, ...]:

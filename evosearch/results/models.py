@@ -60,7 +60,7 @@ class _Pruned(BaseModel):
     groups: tuple[tuple[str, int], ...]
     keep: tuple[int, ...]
     outputs: tuple[tuple[float, ...], ...] | None = None
-    """Of `Network.example`; files of before have none."""
+    """Of `Network.example`; files from before there were any have none."""
 
     def policy(self, groups: Sequence[tuple[str, int]]) -> Policy:
         """For the groups of the network, of which an earlier version may have cut fewer.
@@ -167,12 +167,8 @@ def read_pruned(
         plan.table.check(policy)
     except PolicyError as exc:
         raise NetworkError(f"{file} cannot be cut as it says: {exc}") from exc
-    keep = np.ones(int(plan.table.channels.sum()) + 1, dtype=np.bool_)
-    for offset, channels, count in zip(
-        plan.table.offsets, plan.table.channels, policy.keep, strict=True
-    ):
-        # Which channels is a matter of values, and those come from the file.
-        keep[offset + count : offset + channels] = False
+    # Which channels is a matter of values, and those come from the file.
+    keep = plan.table.mask(np.array(policy.keep, dtype=np.int64))
     narrowed = Cutter(plan, dense.module).cut(keep)
     try:
         load_into(narrowed, state, str(file))

@@ -1,5 +1,6 @@
 """Networks of a run: cut, prepared as the proxy does, written as files that load again."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from evosearch.results.preparation import AS_SEARCHED, Preparation
 from evosearch.scoring.devices import local_device
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.workload import Workload
+from evosearch.training.baseline import trainable
 
 __all__ = [
     "INDEX",
@@ -183,6 +185,16 @@ class NetworkWriter:
             less = "; name fewer images" if measured.status is Status.OUT_OF_MEMORY else ""
             raise ConfigError(f"{self.prepared}: {row.policy.digest}: {measured.reason}{less}")
         return replace(self.dense, module=on_cpu(self._scorer.network)), measured.metrics
+
+    def trainable(self, row: Row) -> Network:
+        """The network of a measured policy, to be trained: a copy that is the caller's own.
+
+        Raises:
+            ConfigError: As `prepare`.
+        """
+        found, _ = self.prepare(row)
+        module = trainable(copy.deepcopy(found.module), like=self.dense.module)
+        return replace(found, module=module)
 
     def save(self, row: Row, network: Network, file: Path, facts: Mapping[str, Any]) -> None:
         """Writes a network of that policy, with facts for people beside what loading needs."""

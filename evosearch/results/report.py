@@ -127,7 +127,7 @@ def hypervolume_lines(results: Results) -> list[str]:
             f"dropped early      {len(dropped)} of {len(results.rows)}, after {seen:.0f} images on "
             "average"
         )
-    failed = [row for row in results.rows if row.status not in (Status.OK, Status.DROPPED)]
+    failed = [row for row in results.rows if row.status.failed]
     if failed:
         lines.append(f"failed             {len(failed)}, the first: {failed[0].reason}")
     return lines

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evosearch.pruning.hooks import hooked
 from evosearch.pruning.statistics import shared_tensor
 
 __all__ = ["Distortion", "FeatureTap", "Features", "feature_layer"]
@@ -62,12 +63,8 @@ def _maps(module: nn.Module, example: Tensor) -> dict[str, torch.Size]:
             shapes[name] = output.shape
 
     handles = [child.register_forward_hook(after) for child in names]
-    try:
-        with torch.inference_mode():
-            module(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.inference_mode():
+        module(example)
     return {name: shape for name, shape in shapes.items() if runs[name] == 1}
 
 

@@ -10,40 +10,23 @@ import pickle
 import re
 import socket
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from evosearch.errors import BackendError, ConfigError, WorkerLost
 from evosearch.measurement import Measurement
 from evosearch.policy import Policy
+from evosearch.recipe import RunRecipe
 from evosearch.scoring.devices import gpus_here, keep_to_share
 from evosearch.scoring.dispatch import Dispatcher, Record, Stop
 from evosearch.scoring.racing import NO_RACES, Race, Races
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.workload import Workload
 
-__all__ = ["InProcessPool", "Pool", "PoolSettings", "RayPool", "RayTransport", "make_pool"]
+__all__ = ["InProcessPool", "Pool", "RayPool", "RayTransport", "make_pool"]
 
 _START_TIMEOUT_S = 300.0
 _ANSWER_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolSettings:
-    """Where and how patiently to score.
-
-    Args:
-        workers: Scorers on Ray; 0 scores in this process.
-        timeout_s: Longest that one candidate may take; without workers nothing can interrupt it.
-        gpus_per_worker: Share of a GPU for each scorer.
-        ray_address: An existing cluster to join; a local one is started if None.
-    """
-
-    workers: int
-    timeout_s: float = 600.0
-    gpus_per_worker: float = 0.0
-    ray_address: str | None = None
 
 
 class Pool(Protocol):
@@ -192,7 +175,7 @@ class RayPool:
         BackendError: No cluster, or a scorer that cannot be started.
     """
 
-    def __init__(self, workload: Workload, settings: PoolSettings) -> None:
+    def __init__(self, workload: Workload, settings: RunRecipe) -> None:
         if settings.ray_address is not None:
             _prepare_joining(settings.ray_address)
         import ray
@@ -269,7 +252,7 @@ def _prepare_joining(address: str) -> None:
         ) from exc
 
 
-def _start_cluster(ray: Any, workload: Workload, settings: PoolSettings) -> None:
+def _start_cluster(ray: Any, workload: Workload, settings: RunRecipe) -> None:
     # Quiet: workers' own chatter is of no use to somebody who searches.
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if settings.ray_address is not None:
@@ -294,7 +277,7 @@ def _size(workload: Workload) -> int:
     return len(rest) + sum(array.raw().nbytes for array in arrays)
 
 
-def _remote_scorer(ray: Any, settings: PoolSettings) -> Any:
+def _remote_scorer(ray: Any, settings: RunRecipe) -> Any:
     device = "cuda" if settings.gpus_per_worker > 0 else "cpu"
 
     class RemoteScorer:
@@ -317,7 +300,7 @@ def _remote_scorer(ray: Any, settings: PoolSettings) -> Any:
     return ray.remote(num_cpus=1, num_gpus=settings.gpus_per_worker)(RemoteScorer)
 
 
-def make_pool(workload: Workload, settings: PoolSettings) -> Pool:
+def make_pool(workload: Workload, settings: RunRecipe) -> Pool:
     """Makes the pool that the settings ask for."""
     if settings.workers == 0:
         return InProcessPool(workload, "cuda" if settings.gpus_per_worker > 0 else "cpu")

@@ -1,7 +1,7 @@
 """Proxies: how a policy is scored without training it.
 
-A proxy is a function over the steps of a bench: cut, compensate, recalibrate. What it leaves on
-the bench is then measured. To add one, write the function and put it in PROXIES.
+A proxy is a function over the steps of a bench: cut, compensate, fit or recalibrate. What it leaves
+on the bench is then measured. To add one, write the function and put it in PROXIES.
 
 References:
     [Hinton2015] G. Hinton et al., "Distilling the Knowledge in a Neural Network",

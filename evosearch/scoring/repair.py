@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evosearch.pruning.hooks import first_input, hooked
+
 __all__ = ["distil", "refit_head"]
 
 _LEAST_VARIANCE = 1e-12
@@ -34,14 +36,11 @@ def refit_head(
     seen: list[Tensor] = []
 
     def note(_layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        seen.append(next(iter((*given, *named.values()))).float())
+        seen.append(first_input(given, named).float())
 
-    handle = head.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with hooked([head.register_forward_pre_hook(note, with_kwargs=True)]):
         for batch in inputs:
             module(batch)
-    finally:
-        handle.remove()
     features = torch.cat(seen).double()
     wanted = teacher.to(features.device).double()
     before = head.weight.double()

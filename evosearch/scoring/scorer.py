@@ -17,6 +17,7 @@ from evosearch.data import Images
 from evosearch.errors import CandidateOutOfMemory, NetworkError, first_line, out_of_memory
 from evosearch.measurement import METRICS, Measurement, Status
 from evosearch.networks import Network, check_alive, like_a_cpu
+from evosearch.networks.threads import on_threads
 from evosearch.policy import Policy
 from evosearch.pruning.blending import Blends
 from evosearch.pruning.compensation import Compensator
@@ -30,7 +31,7 @@ from evosearch.scoring.features import Distortion
 from evosearch.scoring.proxies import proxy_named
 from evosearch.scoring.racing import Estimate, Race, block_means, rungs
 from evosearch.scoring.repair import distil, refit_head
-from evosearch.scoring.workload import DTYPES, Workload, batches, logits, single_thread
+from evosearch.scoring.workload import DTYPES, Workload, batches, logits
 
 __all__ = ["Scorer"]
 
@@ -169,9 +170,7 @@ class Scorer:
         places = self._workload.places
         if policy.blend:
             places = self._blends.places(policy.blend, self._table, places)
-        keep = np.ones(len(places) + 1, dtype=np.bool_)
-        keep[:-1] = places < counts[self._table.group_of]
-        return keep
+        return self._table.mask(counts, places)
 
     def cut(self, keep: NDArray[np.bool_]) -> None:
         """Narrows the working copy, removing all traces of the previous policy."""
@@ -324,7 +323,7 @@ class Scorer:
 
     def network_of(self, policy: Policy) -> nn.Module:
         """The pruned network that the metrics of a policy belong to; valid until the next call."""
-        with single_thread(), like_a_cpu(self._device):
+        with on_threads(1), like_a_cpu(self._device):
             self._proxy.prepare(self, self.keep(policy))
         return self.network
 
@@ -366,7 +365,7 @@ class Scorer:
     def _attempt(self, policy: Policy, race: Race | None) -> dict[str, Any]:
         found: dict[str, Any]
         try:
-            with single_thread(), like_a_cpu(self._device):
+            with on_threads(1), like_a_cpu(self._device):
                 self._proxy.prepare(self, self.keep(policy))
                 self._refuse_what_is_not_finite()
                 if race is None:

@@ -4,17 +4,16 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from evosearch.errors import ConfigError
 from evosearch.latency import BLOCK, LatencyModel, fit_latency, minds_odd_widths
 from evosearch.networks import Network
+from evosearch.networks.threads import on_threads
 from evosearch.pruning.cutting import Cutter, CuttingPlan
 from evosearch.pruning.table import GroupTable
 from evosearch.recipe import LatencyRecipe
@@ -173,7 +172,7 @@ def _in_turns(
     half = plan.table.whole(-(-plan.table.channels // 2))
     ratios: list[list[float]] = []
     beside: list[float] = []
-    with _threads(clock.threads):
+    with on_threads(clock.threads):
         start = time.perf_counter()
         while len(ratios) < least or (
             len(ratios) < _MOST_TURNS and time.perf_counter() - start < most_seconds
@@ -218,10 +217,7 @@ def draw_widths(table: GroupTable, n: int, seed: int, round_to: int = 1) -> IntA
 
 def _seconds(clock: _Clock, cutter: Cutter, keep: IntArray) -> float:
     """Of one policy; infinite if its network cannot be run."""
-    table = cutter.plan.table
-    place = np.arange(len(table.group_of)) - table.offsets[table.group_of]
-    kept = np.append(place < keep[table.group_of], True)
-    module = cutter.cut(kept).eval()
+    module = cutter.cut(cutter.plan.table.mask(keep)).eval()
     if clock.own:
         module = copy.deepcopy(module)  # a user may move it to another device
     try:
@@ -240,13 +236,3 @@ def _seconds(clock: _Clock, cutter: Cutter, keep: IntArray) -> float:
     if not 0 < seconds < math.inf:
         raise ConfigError(f"latency.measure must return seconds above 0, got {found!r}")
     return seconds
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

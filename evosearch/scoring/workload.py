@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from evosearch.data import Images, check_classes
 from evosearch.errors import NetworkError, first_line
 from evosearch.networks import InputSpec, Network, NetworkSpec, build_module, plain, put_state
+from evosearch.networks.threads import on_threads
 from evosearch.pruning.blending import Blends, comparable, places_of
 from evosearch.pruning.criteria import Samples, channel_scores, criterion_named
 from evosearch.pruning.cutting import Cutter, CuttingPlan
@@ -38,7 +39,6 @@ __all__ = [
     "settled_batch_size",
     "settled_calibration_batch",
     "settled_precision",
-    "single_thread",
     "with_validation",
 ]
 
@@ -100,17 +100,6 @@ class Workload:
         module = plain(build_module(self.spec)[0].eval())
         put_state(module, {k: torch.from_numpy(np.array(v)) for k, v in self.state.items()})
         return Network(spec=self.spec, module=module, input=self.input)
-
-
-class single_thread:  # noqa: N801  a context manager is used like a function
-    """Runs torch on one thread meanwhile: sums then do not depend on the machine's cores."""
-
-    def __enter__(self) -> None:
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self._before)
 
 
 def batches(
@@ -218,10 +207,8 @@ def _dense_answers(
 def _feature_layer(network: Network, plan: CuttingPlan) -> str | None:
     """Where the features are: see `feature_layer`."""
     table = plan.table
-    place = np.arange(len(table.group_of)) - table.offsets[table.group_of]
     half = table.whole((table.channels + 1) // 2)
-    first_half = place < half[table.group_of]
-    narrow = Cutter(plan, network.module).cut(np.append(first_half, True))
+    narrow = Cutter(plan, network.module).cut(table.mask(half))
     producers = [group.producers for group in table.groups]
     return feature_layer(network.module, narrow, producers, network.example(2))
 
@@ -244,7 +231,7 @@ def with_validation(workload: Workload, validation: Images) -> Workload:
         NetworkError: The dense network's outputs for them are not finite, or a label is too large.
     """
     network = workload.network()
-    with single_thread():
+    with on_threads(1):
         known, size = workload.features, workload.settings.batch_size
         outputs, features = _dense_answers(
             network, workload.layout, known.layer, validation, size, known.positions
@@ -374,7 +361,7 @@ def prepare_workload(
             dense network gives infinite outputs, or does not bear the precision.
     """
     proxy = proxy_named(settings.name)
-    with single_thread():
+    with on_threads(1):
         layer = _feature_layer(network, plan)
         layout = layout_of(network, watched=() if layer is None else (layer,))
         size = settings.batch_size

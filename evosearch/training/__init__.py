@@ -1,4 +1,4 @@
-"""Training of dense baselines, and short fine-tuning of pruned networks."""
+"""Training of dense networks, and short fine-tuning of pruned networks."""
 
 from evosearch.training.baseline import (
     Checkpoint,

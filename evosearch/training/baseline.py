@@ -214,7 +214,6 @@ class Checkpoint:
         Raises:
             BackendError: It cannot be written.
         """
-        scratch = self.path.with_name(f"{self.path.name}.tmp")
         state = {
             "settings": self._identity(settings),
             "module": module.state_dict(),
@@ -222,10 +221,9 @@ class Checkpoint:
             "log": [asdict(line) for line in log],
         }
         try:
-            torch.save(state, scratch)
-        except (OSError, RuntimeError) as exc:
-            raise BackendError(f"cannot write {scratch}: {exc}") from exc
-        scratch.replace(self.path)
+            write_atomically(self.path, lambda scratch: torch.save(state, scratch))
+        except RuntimeError as exc:  # what torch makes of a full disk
+            raise BackendError(f"cannot write {self.path}: {first_line(exc)}") from exc
 
 
 def trainable(module: nn.Module, like: nn.Module | None = None) -> nn.Module:

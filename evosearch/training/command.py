@@ -1,19 +1,14 @@
 """The work behind `evosearch train`: data in, weights, log and record out."""
 
-import json
-import shlex
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
-from evosearch.data import DataSource, ImagePool, Images, SourceOptions, open_source
+from evosearch.data import DataSource, Images, SourceOptions, open_source, whole
 from evosearch.errors import ConfigError, DataError
-from evosearch.files import make_parent, write_atomically
+from evosearch.files import make_parent
 from evosearch.networks import (
     Network,
     NetworkSpec,
@@ -22,22 +17,15 @@ from evosearch.networks import (
     load_network,
     save_weights,
 )
-from evosearch.training.baseline import Checkpoint, EpochLog, TrainSettings, top1, train, write_log
+from evosearch.training.baseline import Checkpoint, EpochLog, TrainSettings, top1, train
 from evosearch.training.devices import on_device, training_device
-
-CHECKPOINT = ".checkpoint.pt"
-"""Ends the name of the file beside the weights that a stopped training goes on from."""
+from evosearch.training.records import CHECKPOINT, check_result, how_trained, write_records
 
 __all__ = [
-    "CHECKPOINT",
     "Trained",
     "augmented",
-    "check_result",
-    "how_trained",
     "image_size_for",
     "train_baseline",
-    "whole",
-    "write_records",
 ]
 
 
@@ -48,49 +36,8 @@ class Trained:
     weights: Path
     log: Path
     record: Path
-    epochs: int
     held_out_top1: float
     test_top1: float | None
-
-
-def whole(pool: ImagePool) -> Images:
-    """All images of a pool."""
-    return pool.take(np.arange(len(pool.labels)))
-
-
-def check_result(file: Path, named: str) -> None:
-    """Checks that weights can be written there, before anything is trained.
-
-    Raises:
-        ConfigError: The name does not end with `.safetensors`, or that file, its log or its record
-            exists; says `named`.
-    """
-    if file.suffix != ".safetensors":
-        raise ConfigError(f"{named} must end with .safetensors, got {file}")
-    others = (file.with_suffix(suffix) for suffix in (".json", ".log.csv"))
-    # Where a training was stopped, these may be its own.
-    going_on = file.with_suffix(CHECKPOINT).exists()
-    for each in (file, *(() if going_on else others)):
-        if each.exists():
-            raise ConfigError(f"{named}: {each} exists; remove it or name another file")
-
-
-def how_trained(settings: TrainSettings) -> dict[str, Any]:
-    """What a record says of how something was trained, beside what it was."""
-    return {
-        "settings": {**asdict(settings), "threads": settings.threads or torch.get_num_threads()},
-        "command": shlex.join(["evosearch", *sys.argv[1:]]),
-        "torch": torch.__version__,
-    }
-
-
-def write_records(file: Path, log: list[EpochLog], facts: Mapping[str, Any]) -> tuple[Path, Path]:
-    """Writes the log as `.log.csv` and facts as `.json` beside the weights `file`; returns both."""
-    log_path, record = file.with_suffix(".log.csv"), file.with_suffix(".json")
-    write_log(log_path, log)
-    text = json.dumps(facts, indent=2) + "\n"
-    write_atomically(record, lambda scratch: scratch.write_text(text))
-    return log_path, record
 
 
 def augmented(
@@ -216,7 +163,6 @@ def train_baseline(
         weights=out,
         log=log_path,
         record=record,
-        epochs=len(log),
         held_out_top1=log[-1].held_out_top1,
         test_top1=test_top1,
     )

@@ -5,13 +5,13 @@ Equal networks with equal settings give equal numbers on one machine: one thread
 choice follows from the seed.
 """
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from evosearch.data import Images
 from evosearch.networks import Network, like_a_cpu
+from evosearch.networks.threads import on_threads
 from evosearch.training.baseline import (
     TrainSettings,
     channels_last,
@@ -26,7 +26,7 @@ __all__ = ["evaluate", "finetune"]
 
 def finetune(
     network: Network, images: Images, settings: TrainSettings, teacher: nn.Module | None = None
-) -> float:
+) -> None:
     """Trains a network in place, and leaves it in evaluation mode.
 
     Args:
@@ -35,28 +35,21 @@ def finetune(
         settings: How.
         teacher: Whose outputs the loss follows, as far as the settings say.
 
-    Returns:
-        Mean training loss of the last epoch, on augmented images.
-
     Raises:
         ConfigError: The loss became infinite.
         NetworkError: The network does not run in training mode.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads or before)
     module = channels_last(trainable(network.module))
     if teacher is not None:
         channels_last(teacher)
     try:
-        check_trains(network)
-        optimiser = make_optimiser(module, settings)
-        loss = np.nan
-        for epoch in range(settings.epochs):
-            loss, _ = train_epoch(network, images, optimiser, settings, epoch, teacher)
+        with on_threads(settings.threads):
+            check_trains(network)
+            optimiser = make_optimiser(module, settings)
+            for epoch in range(settings.epochs):
+                train_epoch(network, images, optimiser, settings, epoch, teacher)
     finally:
-        torch.set_num_threads(before)
         module.eval()
-    return float(loss)
 
 
 @torch.inference_mode()
@@ -64,10 +57,8 @@ def evaluate(network: Network, images: Images, batch_size: int = 128) -> dict[st
     """Top-1 error and mean cross-entropy on images as they are, in float32, on one thread."""
     network.module.eval()
     device = next(network.module.parameters()).device
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     wrong, loss = 0, 0.0
-    try:
+    with on_threads(1):
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
             with like_a_cpu(device):
@@ -75,6 +66,4 @@ def evaluate(network: Network, images: Images, batch_size: int = 128) -> dict[st
             labels = torch.from_numpy(images.labels[part]).to(device)
             wrong += int((logits.argmax(1) != labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    finally:
-        torch.set_num_threads(before)
     return {"error": wrong / len(images), "loss": loss / len(images)}

@@ -143,7 +143,7 @@ def test_criteria_leaves_out_what_does_not_apply(cli: Cli, tmp_path: Path) -> No
         ("space.clusters=0", r"space.clusters"),
         ("proxy.coupling=median", r"proxy.coupling: .*'mean', 'max' or 'sum'"),
         ("proxy.labels=wishes", r"proxy.labels: .*'given' or 'own'"),
-        ("proxy.criterion=mine.py:second", r"mine\.py has no second"),
+        ("proxy.criterion=mine.py:second", r"mine\.py has no function or class .second"),
     ],
 )
 def test_bad_criteria_are_refused_by_name(

@@ -198,7 +198,7 @@ def test_weights_are_named_or_made_again(start: Start) -> None:
     assert resume(Path("run"), Watch(), evaluations=5).results.rows
     recipe = Path("tiny.toml").read_text()
     Path("tiny.toml").write_text(recipe.replace('weights = "net.safetensors"', ""))
-    with pytest.raises(NetworkError, match=r"other weights each time it is made: name a file"):
+    with pytest.raises(NetworkError, match=r"different weights each time it is made: name a file"):
         start(run="again")
     assert not Path("again").exists()
 

@@ -176,11 +176,11 @@ def test_fine_tuning_without_a_warm_up_is_training_without_a_warm_up(small: Netw
     images = open_source("cifar10-sample").training().take(np.arange(128))
     settings = TrainSettings(epochs=2, batch_size=64, warmup_epochs=0.0)
     before = {key: value.clone() for key, value in small.module.state_dict().items()}
-    log = train(small, images, images, settings)
+    train(small, images, images, settings)
     trained = {key: value.clone() for key, value in small.module.state_dict().items()}
     small.module.load_state_dict(before)
     # Frozen parameters, as a scorer's network may have, are trained all the same.
     small.module.requires_grad_(requires_grad=False)
-    assert finetune(small, images, settings) == log[-1].train_loss
+    finetune(small, images, settings)
     assert all((trained[k] == v).all() for k, v in small.module.state_dict().items())
     assert evaluate(small, images)["error"] == pytest.approx(1 - top1(small, images))

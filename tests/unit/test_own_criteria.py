@@ -76,7 +76,7 @@ def test_own_criterion_that_fails_is_named_with_its_group(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("{file}:nothing", "has no nothing"),
+        ("{file}:nothing", "has no function or class .nothing"),
         ("{file}:number", "is no function, but a int"),
         ("no/such.py:f", "file no/such.py does not exist"),
         ("no_such_module:f", "importing it failed with ModuleNotFoundError"),

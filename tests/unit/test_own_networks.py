@@ -181,9 +181,9 @@ def test_a_network_is_found_by_gradients_also_where_there_are_none() -> None:
 def test_weights_that_nobody_could_make_again_are_noticed() -> None:
     check_repeatable(load_network(spec("Net")))
     network = load_network(spec("unseeded"))
-    with pytest.raises(NetworkError, match=r"other weights each time .*network.weights"):
+    with pytest.raises(NetworkError, match=r"different weights each time .*network.weights"):
         check_repeatable(network)
-    with pytest.raises(NetworkError, match=r"'resnet20' has other weights each time"):
+    with pytest.raises(NetworkError, match=r"'resnet20' gets different weights each time"):
         check_repeatable(load_network(NetworkSpec(name="resnet20")))
 
 
@@ -273,7 +273,7 @@ def test_a_file_may_name_classes_of_networks_and_what_a_user_wrote(place: str, n
     ],
 )
 def test_no_other_function_is_called_because_a_file_names_it(name: str, tmp_path: Path) -> None:
-    with pytest.raises(NetworkError, match="is not called for a file's sake"):
+    with pytest.raises(NetworkError, match="so it is not called"):
         trusted_factory(name)
 
 
@@ -296,7 +296,7 @@ def test_a_file_that_names_a_command_is_refused_before_that_is_run(tmp_path: Pat
 
 
 def test_normalisation_that_was_left_out_is_said_to_be_imagenets() -> None:
-    with pytest.raises(NetworkError, match=r"channel \(1\), got 3, as it is left out and then Ima"):
+    with pytest.raises(NetworkError, match=r"channel \(1\), got 3, as it is not set and Ima"):
         load_network(NetworkSpec(name=f"{__name__}:Net", input_shape=(1, 16, 16)))
     with pytest.raises(NetworkError, match=r"channel \(3\), got 1$"):
         load_network(spec("Net", mean=(0.5,)))

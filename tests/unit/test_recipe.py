@@ -264,6 +264,16 @@ def test_paths_are_looked_for_beside_the_recipe(tmp_path: Path) -> None:
     assert named == [f"{tmp_path / 'mine.py'}:oddness", "l1"]
 
 
+def test_a_colon_in_a_folder_s_name_divides_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "a:b" / "net.py").touch()
+    path = tmp_path / "r.toml"
+    path.write_text('[network]\nname = "a:b/net.py:make"\n[proxy]\ncriterion = "a:b/net.py:odd"\n')
+    found = load_recipe(str(path))
+    assert found.network.name == f"{tmp_path / 'a:b' / 'net.py'}:make"
+    assert found.proxy.criterion == f"{tmp_path / 'a:b' / 'net.py'}:odd"
+
+
 def test_paths_that_are_not_beside_the_recipe_start_where_the_command_runs(
     minimal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from evosearch.pruning.criteria.gradients import NORM_GRADIENTS, WEIGHT_GRADIENT
 from evosearch.pruning.criteria.maps import LOOKS
 from evosearch.pruning.criteria.view import Evidence
 from evosearch.pruning.cutting import CuttingPlan
+from evosearch.pruning.hooks import first_input
 from evosearch.pruning.layers import Norm
 from evosearch.pruning.statistics import Units, units_of
 
@@ -73,7 +74,7 @@ class _Watch:
     def __call__(
         self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
     ) -> None:
-        maps = _as_maps(module, self._units, next(iter((*inputs, *named.values()))).detach())
+        maps = _as_maps(module, self._units, first_input(inputs, named).detach())
         # Decompositions raise on what is not finite; here it marks the channel.
         lost = ~torch.isfinite(maps).all(dim=3).all(dim=2)
         maps = maps.nan_to_num()

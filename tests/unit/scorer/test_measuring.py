@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from evosearch.data import Images
 from evosearch.networks import Network
+from evosearch.networks.threads import on_threads
 from evosearch.policy import Policy
 from evosearch.pruning.cutting import CuttingPlan
 from evosearch.scoring.proxies import PROXIES, ProxySettings
@@ -19,7 +20,6 @@ from evosearch.scoring.workload import (
     batches,
     logits,
     prepare_workload,
-    single_thread,
 )
 from tests.unit.scorer.bench import BARE, BATCH, DENSE, HALF, ODD, Prepare, same
 
@@ -127,9 +127,9 @@ def test_number_of_threads_is_restored(prepared: Prepare, policy: Policy) -> Non
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_single_thread_is_one_thread_for_a_while() -> None:
+def test_threads_are_one_thread_for_a_while() -> None:
     def fail() -> None:
-        with single_thread():
+        with on_threads(1):
             raise KeyError(f"{torch.get_num_threads()} inside")
 
     with pytest.raises(KeyError, match="1 inside"):
