@@ -1,9 +1,9 @@
 # Two commands: `make demo` searches, `make test` checks. Both set up .venv first, both can be
-# repeated. PYTHON names the interpreter to start from (3.11 or newer).
+# repeated. `make lowest` checks with the oldest libraries. PYTHON names the interpreter to start from (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test setup clean
+.PHONY: demo test lowest setup clean
 
 setup: .venv/ready
 
@@ -23,5 +23,17 @@ test: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2
 
+# The tests with the lowest versions of all libraries that pyproject.toml allows.
+lowest: .venv-lowest/ready
+	.venv-lowest/bin/pytest -n 2
+
+.venv-lowest/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) tests/lowest.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .venv-lowest/constraints.txt --editable '.[onnx]' \
+		hypothesis psutil pytest pytest-timeout pytest-xdist
+	touch .venv-lowest/ready
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-lowest build *.egg-info

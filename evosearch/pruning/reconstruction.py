@@ -32,6 +32,8 @@ from evosearch.pruning.targets import Target
 
 __all__ = ["Reconstructor"]
 
+# Nothing is added to a variance of one; older versions of torch refuse to be told 0.
+_NOTHING = 1e-30
 _LEAST_VARIANCE = 1e-12
 # Loads below this share leave too few digits to float32.
 _LIGHT = 1e-3
@@ -225,7 +227,7 @@ class Reconstructor:
         still = torch.zeros_like(scale), torch.ones_like(scale)
         # One pass: a product and a sum with so few numbers to a row are slow in bfloat16.
         mean, variance, scale, shift = (t.to(output.dtype) for t in (*still, scale, shift))
-        return F.batch_norm(output, mean, variance, scale, shift, training=False, eps=0.0)
+        return F.batch_norm(output, mean, variance, scale, shift, training=False, eps=_NOTHING)
 
     @torch.inference_mode()
     def reconstruct(self, network: nn.Module, keep: NDArray[np.bool_], images: Tensor) -> None:
