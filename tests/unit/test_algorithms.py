@@ -1,6 +1,7 @@
 """What single algorithms promise beyond the contract: budgets kept, models that predict."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -10,17 +11,23 @@ import pytest
 from numpy.typing import NDArray
 
 from evosearch.algorithms import (
+    ALGORITHMS,
     Algorithm,
     AlgorithmSettings,
     Foresight,
     Known,
+    Population,
     make_algorithm,
 )
 from evosearch.algorithms.adaptive import SelfAdaptive
+from evosearch.algorithms.baselines import RandomSearch
+from evosearch.algorithms.evolution import Evolution, GeneticOptions, nsga2
 from evosearch.algorithms.forecast import Forecaster, Told
 from evosearch.algorithms.gaussian import GaussianProcess
 from evosearch.algorithms.improvement import Improvement
 from evosearch.algorithms.levels import LevelMoves, MoveOptions
+from evosearch.algorithms.surrogate import SurrogateOptions, SurrogateSearch
+from evosearch.algorithms.switching import LevelSwitching, SwitchingOptions
 from evosearch.errors import ConfigError
 from evosearch.pareto import hypervolume
 from evosearch.policy import Policy
@@ -329,3 +336,298 @@ def test_the_sensitivity_sweep_cuts_the_insensitive_gene_first() -> None:
     assert ((np.concatenate(asked)[:n_sweep] > 0).sum(axis=1) <= 1).all()
     assert (ladder[:, 4] >= ladder.max(axis=1) - 1e-9).all()
     assert len(ladder) > 20
+
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+def asked_after(standing_in: float, why: str) -> list[FloatArray]:
+    """What a surrogate asks when a number stands in for each policy that was not measured."""
+    algorithm, asked = make("surrogate"), []
+    for _ in range(4):
+        genomes = algorithm.ask()
+        assert genomes is not None
+        asked.append(genomes)
+        policies = space().decode(genomes)
+        spent = macs(policies)
+        keep = np.array([sum(policy.keep) for policy in policies])
+        failed = (keep % 5 == 0) if why == "failed" else np.zeros(len(keep), dtype=bool)
+        unmeasured = failed | (spent > 0.8)
+        told = np.where(unmeasured, standing_in, damage(policies, 1))
+        violations = np.stack([spent / 0.8 - 1, np.where(failed, 1e9, 0.0)], axis=1)
+        algorithm.tell(np.stack([told, spent], axis=1), violations)
+        assert len(asked) > 1 or unmeasured.any()
+    return asked
+
+
+@pytest.mark.parametrize("why", ["failed", "over budget"])
+def test_a_surrogate_learns_nothing_from_what_was_not_measured(why: str) -> None:
+    for one, other in zip(asked_after(2.3, why), asked_after(9.0, why), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_improvement_is_on_the_scale_of_what_is_feasible() -> None:
+    objectives = np.array([[0.0, 1.0], [1.0, 0.0], [50.0, 80.0]])
+    violations = np.array([[0.0], [-1.0], [0.1]])
+    points = np.array([[0.5, 0.5], [0.2, 0.7]])
+    found = Improvement(objectives, violations).of(points)
+    assert np.array_equal(found, Improvement(objectives[:2], violations[:2]).of(points))
+    assert (found > 0.1).all()
+
+
+def test_improvement_knows_points_worse_than_all_that_was_told() -> None:
+    told = np.array([[0.2, 0.8], [0.8, 0.2]])
+    improvement = Improvement(told, np.zeros((2, 1)))
+    # Better than all in one objective, worse than all in the other.
+    improvement.add(np.array([0.9, 0.1]))
+    points = np.array([[0.85, 0.05], [0.5, 0.5], [0.95, 0.0]])
+    low, span = 0.2, 0.6 * 1.01
+    front = (np.array([[0.2, 0.8], [0.8, 0.2], [0.9, 0.1]]) - low) / span + 1
+    for point, found in zip((points - low) / span + 1, improvement.of(points), strict=True):
+        # Where nothing is below the reference of the other, hypervolumes tell the same.
+        box = np.array([2.0, 2.0])
+        gained = hypervolume(np.vstack([front, point]), box) - hypervolume(front, box)
+        assert found == pytest.approx(gained * 4, abs=1e-12)
+
+
+def test_each_policy_of_a_generation_is_asked_for_what_it_adds_to_those_before() -> None:
+    algorithm = make("surrogate", explore=0.0)
+    objectives, violations = np.empty((0, 2)), np.zeros((0, 2))
+    for _ in range(3):
+        genomes = algorithm.ask()
+        assert genomes is not None
+        policies = space().decode(genomes)
+        told = np.stack([damage(policies, 1), macs(policies)], axis=1)
+        if len(objectives):
+            expected = algorithm._forecaster.expected(policies)[0]  # type: ignore[attr-defined]
+            improvement = Improvement(objectives, violations)
+            for row, point in enumerate(expected):
+                gains = improvement.of(expected[row:])
+                assert gains[0] >= gains.max() - 1e-12
+                improvement.add(point)
+        algorithm.tell(told, np.zeros((len(told), 2)))
+        objectives = np.concatenate([objectives, told])
+        violations = np.zeros((len(objectives), 2))
+
+
+def test_a_surrogate_asks_for_no_policy_twice_where_there_are_few() -> None:
+    small = chain_table((4, 4, 4))
+    where = make_space("layer-sparsity", small, {"sparsity": [0.0, 1.0]})
+    settings = AlgorithmSettings(name="surrogate", population=8, seed=0, options={})
+    algorithm, asked = make_algorithm(settings, where, 2, 1), set[Policy]()
+    for _ in range(6):
+        genomes = algorithm.ask()
+        assert genomes is not None
+        policies = where.decode(genomes)
+        assert len(asked | set(policies)) == len(asked) + 8
+        asked.update(policies)
+        gone = 1 - np.array([policy.keep for policy in policies]) / 4
+        cost = small.costs_of(policies)[0] / small.dense_costs[0]
+        # The last group loses nothing: it is clear what is best, and that is asked for early.
+        told = np.stack([(gone[:, :2] ** 2).sum(axis=1), cost], axis=1)
+        algorithm.tell(told, np.zeros((8, 1)))
+
+
+def test_a_surrogate_that_may_not_learn_from_all_learns_from_the_best() -> None:
+    algorithm = make("surrogate", points=10)
+    told: list[Population] = []
+    for _ in range(3):
+        genomes = algorithm.ask()
+        assert genomes is not None
+        policies = space().decode(genomes)
+        objectives = np.stack([damage(policies, 1), macs(policies)], axis=1)
+        violations = np.stack([objectives[:, 1] / 0.8 - 1, np.zeros(len(genomes))], axis=1)
+        told.append(Population(genomes, objectives, violations))
+        algorithm.tell(objectives, violations)
+    algorithm.ask()
+    archive = told[0].joined(told[1]).joined(told[2])
+    best = space().decode(archive.best(10).genomes)
+    forecaster = algorithm._forecaster  # type: ignore[attr-defined]
+    learnt = forecaster._columns["objective", 0].process._points + 0.5
+    wanted = forecaster.points(best, foresight(best))
+    assert learnt.shape == (10, len(best[0].keep))
+    np.testing.assert_allclose(np.sort(learnt, axis=0), np.sort(wanted, axis=0))
+
+
+def told_once(name: str, n: int = 16, **options: object) -> Algorithm:
+    """An algorithm with a population whose members differ in rank and crowding."""
+    algorithm = make(name, population=n, **options)
+    genomes = algorithm.ask()
+    assert genomes is not None
+    policies = space().decode(genomes)
+    told = np.stack([damage(policies, 1), macs(policies)], axis=1)
+    algorithm.tell(told, np.zeros((len(told), 2)))
+    return algorithm
+
+
+def test_of_two_parents_the_one_that_stands_better_breeds() -> None:
+    algorithm = told_once("level-switch")
+    rank, crowding = algorithm.population.ranks_and_crowding()
+    assert len(np.unique(rank)) > 1
+    order = np.lexsort((-crowding, rank))
+    drawn = algorithm._tournament(40_000)  # type: ignore[attr-defined]
+    n = len(rank)
+    share = np.bincount(drawn, minlength=n)[order] / len(drawn)
+    np.testing.assert_allclose(share, (2 * (n - np.arange(n)) - 1) / n**2, atol=0.01)
+
+
+def offspring(**options: object) -> tuple[IntArray, IntArray]:
+    """Levels of the population, and of what is asked next."""
+    algorithm = told_once("level-switch", **options)
+    parents = moves().indices(algorithm.population.genomes)
+    genomes = algorithm.ask()
+    assert genomes is not None
+    return parents, moves().indices(genomes)
+
+
+def test_as_many_offspring_keep_a_parents_budget_as_the_options_say() -> None:
+    for switch in (0.0, 1.0):
+        parents, children = offspring(switch=switch, crossover=0.0)
+        change = children[:, None] - parents
+        nearest = np.abs(change).astype(bool).sum(axis=2).argmin(axis=1)
+        change = change[np.arange(len(children)), nearest]
+        both_ways = (change > 0).any(axis=1) & (change < 0).any(axis=1)
+        away = np.abs(moves().costs(children) / moves().costs(parents[nearest]) - 1)
+        if switch:
+            assert both_ways.mean() > 0.3
+            assert np.median(away) < 0.05
+        else:
+            assert not both_ways.any()
+
+
+def test_as_many_offspring_have_two_parents_as_the_options_say() -> None:
+    for crossover, low, high in ((0.0, 0.0, 1.0), (1.0, 1.5, 8.0)):
+        parents, children = offspring(switch=0.0, crossover=crossover, flips=1)
+        apart = (children[:, None] != parents).sum(axis=2).min(axis=1)
+        assert low <= apart.mean() <= high
+
+
+def test_hardly_any_offspring_are_alike() -> None:
+    where = make_space("layer-sparsity", chain_table((4, 4, 4)), {"sparsity": [0.0, 1.0]})
+    alike = 0
+    for seed in range(30):
+        settings = AlgorithmSettings(name="level-switch", population=8, seed=seed, options={})
+        algorithm = make_algorithm(settings, where, 2, 1)
+        for _ in range(2):
+            genomes = algorithm.ask()
+            assert genomes is not None
+            alike += 8 - len(set(where.decode(genomes)))
+            told = np.stack([genomes[:, 0], -genomes.sum(axis=1)], axis=1)
+            algorithm.tell(told, np.zeros((8, 1)))
+    # A few tries find another one nearly always.
+    assert alike <= 3
+
+
+@pytest.mark.parametrize("name", ["de", "gde3", "nsde"])
+def test_without_crossover_a_trial_takes_one_gene_of_its_donor(name: str) -> None:
+    settings = AlgorithmSettings(name=name, population=12, seed=0, options={"cr": 0.0})
+    objectives = 1 if name == "de" else 2
+    algorithm = make_algorithm(settings, space(), objectives, 1)
+    genomes = algorithm.ask()
+    assert genomes is not None
+    algorithm.tell(np.tile(genomes[:, :1], objectives), np.zeros((12, 1)))
+    trials = algorithm.ask()
+    assert trials is not None
+    apart = (np.abs(trials[:, None] - genomes) > 1e-9).sum(axis=2).min(axis=1)
+    assert (apart <= 1).all()
+    assert apart.any()
+
+
+def test_self_adaptive_trials_are_those_of_de_rand_1_bin() -> None:
+    targets = np.random.default_rng(0).random((4, 6))
+    for seed in range(20):
+        algorithm = SelfAdaptive(targets, 1, 0, seed, f=0.9, cr=1.0)
+        trials, own = algorithm._trials(targets)
+        assert (own[:, 0] == 0.9).any()
+        for row, (trial, (f, cr)) in enumerate(zip(trials, own, strict=True)):
+            if cr < 1:
+                continue
+            others = [i for i in range(4) if i != row]
+            wanted = []
+            for a, b, c in itertools.permutations(targets[others]):
+                donor = a + f * (b - c)
+                # One that leaves the box ends halfway to the border.
+                donor = np.where(donor < 0, a / 2, np.where(donor > 1, (a + 1) / 2, donor))
+                wanted.append(donor)
+            assert np.abs(np.array(wanted) - trial).max(axis=1).min() < 1e-12
+        algorithm = SelfAdaptive(targets, 1, 0, seed, f=0.9, cr=0.0)
+        trials, own = algorithm._trials(targets)
+        assert ((trials != targets).sum(axis=1)[own[:, 1] == 0] == 1).all()
+
+
+def test_parameters_survive_with_the_trials_that_they_made() -> None:
+    algorithm = SelfAdaptive(np.random.default_rng(0).random((30, 5)), 1, 0, 3, f=0.5, cr=0.9)
+    none = np.zeros((30, 0))
+    algorithm.ask()
+    algorithm.tell(np.ones((30, 1)), none)
+    algorithm.ask()
+    theirs, before = algorithm._open[-1].copy(), algorithm._own.copy()
+    assert not np.array_equal(theirs, before)
+    better = np.arange(30) % 2
+    algorithm.tell(2.0 - 2 * better[:, None], none)
+    assert np.array_equal(algorithm._own, np.where(better[:, None], theirs, before))
+
+
+def test_whoever_is_asked_may_do_what_they_like_with_the_genomes() -> None:
+    for name in ALGORITHMS:
+        if ALGORITHMS[name].single_objective or name == "ranking":
+            continue
+        algorithm = make(name)
+        genomes = algorithm.ask()
+        assert genomes is not None
+        before = {row.tobytes() for row in genomes}
+        told = np.stack([genomes[:, 0], 1 - genomes[:, 0]], axis=1)
+        genomes[:] = -1
+        algorithm.tell(told, np.zeros((len(told), 2)))
+        assert {row.tobytes() for row in algorithm.population.genomes} <= before
+
+
+def test_the_sensitivity_sweep_learns_from_what_is_measured_wherever_that_stands() -> None:
+    def knows(policies: Sequence[Policy]) -> Known:
+        known = foresight(policies)
+        return replace(known, objectives=known.objectives[:, ::-1])
+
+    ladders = []
+    for order in (slice(None), slice(None, None, -1)):
+        algorithm = make("sensitivity", population=8, knows=knows if order.step else foresight)
+        asked = []
+        while (genomes := algorithm.ask()) is not None:
+            asked.append(genomes)
+            policies = space().decode(genomes)
+            told = np.stack([damage(policies, 1), macs(policies)], axis=1)[:, order]
+            algorithm.tell(told, np.zeros((len(told), 2)))
+        ladders.append(np.concatenate(asked))
+    assert np.array_equal(*ladders)
+
+
+STARTED: dict[str, Callable[[FloatArray, int], Algorithm]] = {
+    "nsga2": lambda first, seed: Evolution(
+        lambda initial: nsga2(initial, GeneticOptions()), first, 2, 2, seed
+    ),
+    "adaptive": lambda first, seed: SelfAdaptive(first, 2, 2, seed, f=0.5, cr=0.9),
+    "random": lambda first, seed: RandomSearch(first, seed, 2, 2),
+    "level-switch": lambda first, seed: LevelSwitching(
+        first, space(), foresight, 2, 2, seed, SwitchingOptions()
+    ),
+    "surrogate": lambda first, seed: SurrogateSearch(
+        [first], space(), foresight, 2, 2, seed, SurrogateOptions()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_another_seed_is_another_search_even_from_the_same_beginning(name: str) -> None:
+    first = np.random.default_rng(0).random((8, len(WIDTHS)))
+    asked = []
+    for seed in (1, 1, 2):
+        algorithm = STARTED[name](first, seed)
+        genomes = algorithm.ask()
+        assert genomes is not None
+        assert np.array_equal(genomes, first)
+        policies = space().decode(genomes)
+        told = np.stack([damage(policies, 1), macs(policies)], axis=1)
+        algorithm.tell(told, np.zeros((8, 2)))
+        asked.append(algorithm.ask())
+    assert np.array_equal(asked[0], asked[1])
+    assert not np.array_equal(asked[0], asked[2])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evosearch.networks import Network, NetworkSpec, load_network
-from evosearch.pruning.compensation import Compensator, fold
+from evosearch.pruning.compensation import Compensator, fold, loaded_factor
 from evosearch.pruning.cutting import Cutter, CuttingPlan
 from evosearch.pruning.groups import trace
 from evosearch.pruning.statistics import gram_matrices, units_of
@@ -338,3 +338,11 @@ def test_compensation_moves_outputs_towards_the_dense_ones() -> None:
         plain = (Cutter(plan, network.module).cut(keep)(images) - dense).norm()
         better = (compensated(network, plan, keep, 1e-4, images)(images) - dense).norm()
     assert better < 0.7 * plain
+
+
+def test_what_has_no_factor_is_no_number() -> None:
+    """Half a factor would make weights of it: only a NaN is told as a failure."""
+    impossible = torch.tensor([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).double()
+    assert loaded_factor(impossible.clone(), 1e-3).isnan().all()
+    kept, removed = torch.tensor([0, 1]), torch.tensor([2])
+    assert fold(impossible, kept, removed, 1e-3).isnan().all()

@@ -61,6 +61,8 @@ def test_there_are_genes_for_choices_and_factors_only_where_there_is_a_choice() 
         ((0.0, 1.0, 0.0, 0.7), ()),  # obd alone: the recipe's criterion
         ((0.6, 1.0, 0.6, 0.0), (("apoz", 1), ("l2", 1))),
         ((0.3, 0.0, 0.5, 0.2), (("apoz", 1), ("l1", 3))),
+        # 15.2 and 4.8 twentieths: the one that is missing goes where more of it was cut off.
+        ((1.0, 0.0, 0.45, 0.0), (("apoz", 3), ("l1", 1))),
         ((0.0, 0.0, 0.0, 0.0), (("apoz", 7), ("l1", 7), ("obd", 6))),  # none means all
     ],
 )
@@ -284,3 +286,36 @@ def test_space_without_a_wish_costs_nothing() -> None:
 def test_unknown_candidate_is_refused(names: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         assembled(space={"name": "criterion-blend", "criteria": names, "sparsity": [0.0, 0.5]})
+
+
+def test_every_group_has_clusters_of_its_own() -> None:
+    clusters = (
+        (("apoz",), ("l1", "l2")),
+        (("apoz", "l1", "l2"),),
+        (("apoz",), ("l1",), ("l2",)),
+    )
+    found = space(CriteriaFacts(names=("apoz", "l1", "l2"), default="l2", clusters=clusters))
+    assert found.gene_names == (
+        "factor:conv0:apoz",
+        "choice:conv0:l1",
+        "factor:conv0:l1",
+        "choice:conv1:apoz",
+        "factor:conv2:apoz",
+        "factor:conv2:l1",
+        "factor:conv2:l2",
+    )
+    (policy,) = found.decode(np.array([[1.0, 0.0, 0.0, 0.5, 0.0, 1.0, 1.0]]))
+    assert policy.blend == ((("apoz", 1),), (("l1", 1),), (("l1", 1), ("l2", 1)))
+
+
+def test_of_several_criteria_of_a_cluster_the_weightiest_is_encoded() -> None:
+    found = space()
+    told = Policy(HALF, ((("l1", 1), ("l2", 5)), (("l1", 5), ("l2", 1)), ()))
+    (policy,) = found.decode(found.encode(told)[None])
+    assert policy.blend == ((("l2", 1),), (("l1", 1),), ())
+
+
+def test_uneven_widths_are_encoded_by_their_mean() -> None:
+    found = space(sparsity=[0.0, 1.0], grouping="network", blending="network")
+    genes = [found.encode(Policy(keep))[0] for keep in ((8, 2, 16), (2, 8, 16))]
+    assert genes == pytest.approx([0.25, 0.25])

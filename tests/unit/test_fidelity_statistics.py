@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
 from evosearch.fidelity import statistics
-from evosearch.fidelity.statistics import ceiling, correlate, cross_validate, fit_ridge
+from evosearch.fidelity.statistics import _folds, ceiling, correlate, cross_validate, fit_ridge
 
 FloatArray = NDArray[np.float64]
 
@@ -163,3 +163,29 @@ def test_leave_one_out_errors_are_those_of_refits() -> None:
             total += (target[out] - np.array([1.0, *inputs[out]]) @ weights) ** 2
         errors[float(strength)] = total
     assert model.strength == pytest.approx(min(errors, key=errors.__getitem__))
+
+
+def test_every_repetition_has_other_folds_and_every_seed_has_others() -> None:
+    rng = np.random.default_rng(0)
+    features, truth = rng.normal(size=(20, 3)), rng.normal(size=20)
+    found = [(1, 0), (4, 0), (1, 1)]
+    taus = {
+        cross_validate(features, truth, repeats=repeats, seed=seed).correlation.tau
+        for repeats, seed in found
+    }
+    assert len(taus) == len(found)
+
+
+def test_rho_is_the_mean_over_folds_by_their_sizes() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=11)
+    features = truth[:, None] + rng.normal(size=(11, 2))
+    rhos, sizes = [], []
+    for out in _folds(11, 2, 3, 0):
+        known = np.setdiff1d(np.arange(11), out)
+        predicted = fit_ridge(features[known], truth[known]).predict(features[out])
+        rhos.append(spearmanr(predicted, truth[out]).statistic)
+        sizes.append(len(out))
+    assert set(sizes) == {5, 6}
+    found = cross_validate(features, truth, folds=2, repeats=3).correlation.rho
+    assert found == pytest.approx(np.dot(rhos, sizes) / np.sum(sizes))

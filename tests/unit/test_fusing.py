@@ -99,6 +99,17 @@ def activated_sum(net: Toy, x: Tensor) -> Tensor:
     return F.relu6(net.second(x) + x)  # the library has ReLU alone for sums
 
 
+def doubled(net: Toy, x: Tensor) -> Tensor:
+    y = net.first(x)
+    return net.second(y + y).relu()
+
+
+def read_after_its_sum(net: Toy, x: Tensor) -> Tensor:
+    x = net.first(x).relu()
+    y, z = net.second(x), net.between(x)
+    return (z + y) * F.relu(y)
+
+
 TOYS = {
     plain_residual: {"first": ON_RELU, "second": ON_ADD_RELU},
     in_place_sum: {"first": ON_RELU, "second": ON_ADD_RELU},
@@ -109,6 +120,8 @@ TOYS = {
     both_sides: {"second": ON_ADD_RELU},
     other_activations: {"first": ON_RELU6, "second": Tail(activation=Activation("swish"))},
     unknown_activations: {},
+    doubled: {"second": ON_RELU},
+    read_after_its_sum: {"first": ON_RELU},
     activated_sum: {"first": Tail(activation=Activation("hardswish")), "second": ON_ADD},
 }
 
@@ -123,6 +136,7 @@ def toy(forward: Callable[[Toy, Tensor], Tensor]) -> Network:
 def test_tails_are_found_where_nobody_else_reads(forward: Callable[[Toy, Tensor], Tensor]) -> None:
     network = toy(forward)
     assert tails_of(network.module, network.example(2)) == TOYS[forward]
+    assert dict(layout_of(network).tails) == TOYS[forward]
 
 
 @pytest.mark.parametrize("forward", TOYS, ids=lambda f: f.__name__)

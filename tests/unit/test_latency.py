@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from evosearch.errors import ConfigError
-from evosearch.latency import LatencyModel, fit_latency
+from evosearch.latency import AxisWidth, LatencyModel, LayerShape, fit_latency, minds_odd_widths
 from evosearch.networks import NetworkSpec, load_network
 from evosearch.policy import Policy
 from evosearch.pruning.groups import trace
@@ -249,3 +249,70 @@ def test_the_least_that_is_told_is_what_can_be_kept() -> None:
     model = model_of(table)
     share = float(model.shares(np.array([[8, 1]]))[0])
     assert f", and {share:.0%} of that with as few channels" in model.told(table.granularities)
+
+
+def test_a_dense_network_that_is_slower_than_foreseen_is_the_whole_all_the_same() -> None:
+    table = chain_table()
+    keep = random_widths(table)
+    seconds = seconds_of(table, keep)
+    seconds[0] *= 1.2
+    model = refitted(table, keep, seconds)
+    assert model.shares(table.channels[None])[0] == 1
+
+
+def test_the_error_is_that_on_policies_that_a_fit_has_not_seen() -> None:
+    table = chain_table()
+    keep = random_widths(table)[:20]
+    seconds = seconds_of(table, keep) * np.random.default_rng(0).normal(1, 0.2, 20)
+    axes, layers = table.shapes()
+    errors = []
+    for fold in range(5):
+        out = np.arange(20) % 5 == fold
+        model = fit_latency(axes, layers, table.channels.tolist(), keep[~out], seconds[~out])
+        errors += list(np.abs(model.seconds(keep[out]) / seconds[out] - 1))
+    assert refitted(table, keep, seconds).error == pytest.approx(np.mean(errors), rel=1e-6)
+
+
+def test_odd_widths_are_minded_where_they_are_half_as_slow_again() -> None:
+    assert [minds_odd_widths(odd) for odd in (None, 0.9, 1.4, 1.6)] == [False, False, False, True]
+
+
+def test_kernels_of_two_sizes_have_speeds_of_their_own() -> None:
+    axes = [
+        AxisWidth(fixed=3, per_kept=()),
+        *(AxisWidth(fixed=0, per_kept=((group, 1),)) for group in range(3)),
+    ]
+    positions = 256
+    layers = [
+        LayerShape(in_axis=axis, out_axis=axis + 1, macs=area * positions, positions=positions)
+        for axis, area in enumerate((9, 9, 1))
+    ]
+    keep = np.random.default_rng(0).integers(1, 65, (200, 3))
+    keep[0] = 64
+    one, two, three = keep.T
+    slow, fast = 1e-8 * positions * two * three, 1e-9 * 9 * positions * (3 + two) * one
+    model = fit_latency(axes, layers, [64] * 3, keep, 1e-4 + slow + fast)
+    assert model.error < 1e-3
+
+
+def test_a_model_of_before_there_were_sixteens_means_the_same_where_eights_count() -> None:
+    table = chain_table([24, 40])
+    keep = random_widths(table)
+    up = -(-keep // 8) * 8
+    model = refitted(table, keep, 1e-3 + 1e-9 * table.costs(up)[0])
+    plain = model.model_copy(update={"terms": tuple(t for t in model.terms if t.block < 16)})
+    earlier = plain.model_dump()
+    for term in earlier["terms"]:
+        term["rounded"] = term.pop("block") == 8
+    again = LatencyModel.model_validate(earlier)
+    assert again == plain
+    assert again.shares(keep).tobytes() == plain.shares(keep).tobytes()
+    assert any(term["rounded"] for term in earlier["terms"])
+
+
+def test_a_slow_moment_of_another_network_is_none_of_the_dense_one() -> None:
+    table = chain_table()
+    keep = random_widths(table)
+    seconds = seconds_of(table, keep)
+    seconds[7] *= 5
+    assert refitted(table, keep, seconds).dense_seconds == seconds[0]

@@ -431,3 +431,18 @@ def test_a_budget_without_its_cost_says_how_to_write_it() -> None:
     table = trace(load_network(NetworkSpec(name="resnet20"))).table
     with pytest.raises(ConfigError, match=r"such as \{ macs = 0\.5 \}, got 0\.5$"):
         LayerSparsity(table, {"project_onto": 0.5})
+
+
+def test_the_rest_of_a_budget_goes_where_rounding_took_most() -> None:
+    options = {"round_to": 8, "project_onto": {"params": 0.4}}
+    space = LayerSparsity(chain_table((64, 64, 64)), options)
+    # The common factor leaves about 36, 39.6 and 36 channels, which are rounded to 32, 40 and 32:
+    # the first group misses four, and the second has more than it asked for.
+    assert space.decode(np.array([[0.1, 0.0, 0.1]])) == [Policy((40, 40, 32))]
+
+
+def test_where_no_multiple_lies_within_the_bounds_the_nearest_width_is_kept() -> None:
+    options = {"sparsity": [0.35, 0.35], "round_to": 8}
+    space = LayerSparsity(chain_table((20, 27)), options)
+    # 13 and 17.55 channels are asked for, and 16 lies next to both.
+    assert space.decode(np.array([[0.5, 0.5]])) == [Policy((16, 16))]

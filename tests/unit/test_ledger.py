@@ -544,3 +544,32 @@ def test_a_run_in_a_directory_one_may_not_write_to_can_be_read(closed: bool) -> 
         assert done.stdout == "1\n", done.stderr
     else:
         assert "let its owner run `evosearch status` there, or copy the directory" in done.stdout
+
+
+def test_an_estimate_is_never_known_as_a_measurement(asked: Ledger) -> None:
+    full = measured(POLICIES[0])
+    for policy in POLICIES[:2]:
+        estimate = Measurement(
+            policy=policy, status=Status.DROPPED, metrics=full.metrics, images=256, reason="worse"
+        )
+        asked.record(estimate, 0.0, terms=Terms.RACED)
+    asked.record(full, 1.0)
+    assert asked.known(POLICIES) == {POLICIES[0].digest: full}
+    raced = asked.known(POLICIES, terms=Terms.RACED)
+    assert {known.status for known in raced.values()} == {Status.DROPPED}
+    assert asked.known(POLICIES, terms=Terms.CHECK) == {}
+
+
+def test_the_file_stays_sound_when_the_disk_is_not_waited_for(
+    asked: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NORMAL keeps the order of what is written; OFF would not, and a power cut could ruin it."""
+    now, levels = 100.0, []
+    monkeypatch.setattr("evosearch.ledger.time.monotonic", lambda: now)
+    asked._synced_at = now
+    for step, policy in zip((0.0, 5.0, 0.5), POLICIES, strict=False):
+        now += step
+        asked.record(measured(policy), 0.0)
+        levels += asked._rows("PRAGMA synchronous")
+    normal, full = (1,), (2,)
+    assert levels == [normal, full, normal]

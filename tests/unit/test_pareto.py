@@ -308,3 +308,9 @@ def test_arguments_are_left_as_they_were() -> None:
     crowding_distance(objectives)
     hypervolume(objectives, reference)
     assert all(map(np.array_equal, (objectives, violations, reference), before))
+
+
+def test_a_hair_above_a_bound_is_above_it() -> None:
+    objectives, violations = np.array([[0.0], [1.0]]), np.array([[1e-9], [0.0]])
+    assert ranks(objectives, violations).tolist() == [1, 0]
+    assert front_mask(objectives, violations).tolist() == [False, True]

@@ -191,3 +191,44 @@ def test_patches_far_from_zero_are_told_apart_as_well(offset: float) -> None:
     least = float(torch.linalg.eigvalsh(covariance)[0] / covariance.diagonal().mean())
     assert least > -1e-5
     assert float((torch.from_numpy(moments["1"].mean) - offset).abs().mean()) < 1.0 + offset / 3
+
+
+def test_moments_are_those_of_all_batches_together() -> None:
+    network, plan = network_of(nn.Conv2d(12, 5, 3, padding=1))
+    # Batches that differ: the first is no sample of the whole.
+    parts = [batch(60), 2 * batch(60) + 1, batch(60)[:7] - 2]
+    whole, split = (
+        patch_moments(network.module, plan, batches)["consumer"]
+        for batches in ([torch.cat(parts)], parts)
+    )
+    np.testing.assert_allclose(split.mean, whole.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(split.covariance, whole.covariance, rtol=1e-4, atol=1e-4)
+    assert np.linalg.eigvalsh(split.covariance).min() > -1e-6
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_a_ridge_shrinks_weights_and_is_no_variance_of_the_images(ridge: float) -> None:
+    network, plan = network_of(nn.Conv2d(12, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5))
+    module = network.module
+    cutter = Cutter(plan, module)
+    compensator = PatchCompensator(
+        plan,
+        layout_of(network),
+        module,
+        cutter.network,
+        patch_moments(module, plan, [batch()]),
+        ridge=ridge,
+    )
+    keep = np.ones(int(plan.table.channels.sum()) + 1, dtype=np.bool_)
+    first = [group.name for group in plan.table.groups].index("first")
+    keep[np.flatnonzero(plan.table.group_of == first)] = np.isin(np.arange(12), KEPT)
+    cut = cutter.cut(keep)
+    compensator.compensate(keep)
+    rows = patches(module)
+    columns = np.concatenate([np.arange(9) + 9 * channel for channel in KEPT])
+    dense = rows @ module.consumer.weight.detach().double().flatten(1).T
+    fitted = rows[:, columns] @ cut.consumer.weight.detach().double().flatten(1).T
+    ratio = (fitted.var(0, correction=0) / dense.var(0, correction=0)).clamp(max=1)
+    torch.testing.assert_close(
+        cut.norm.running_var.double(), module.norm.running_var * ratio, rtol=1e-4, atol=1e-6
+    )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from evosearch.errors import PolicyError
 from evosearch.measurement import METRICS, Measurement, Status
-from evosearch.policy import Policy
+from evosearch.policy import Policy, widths_of
 
 METRIC_VALUES = {
     "error": 0.25,
@@ -206,3 +206,8 @@ def test_status_reads_as_in_the_ledger() -> None:
     names = ["ok", "dropped", "failed", "timeout", "out-of-memory", "worker-lost"]
     assert [str(status) for status in Status] == names
     assert Status("out-of-memory") is Status.OUT_OF_MEMORY
+
+
+def test_widths_of_no_policies_have_columns_all_the_same() -> None:
+    assert widths_of([], 3).shape == (0, 3)
+    assert widths_of([Policy((1, 2, 3))], 3).tolist() == [[1, 2, 3]]

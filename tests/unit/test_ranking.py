@@ -207,3 +207,31 @@ def test_bounds_and_constraints_are_kept() -> None:
 @given(st.integers(0, 300))
 def test_halves_are_all_places_once(n: int) -> None:
     assert sorted(halves(n)) == list(range(n))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_scores_are_the_same_afterwards(scale: Scale) -> None:
+    given = scores(0) - 0.5
+    before = given.copy()
+    ranked = importance(given, table(), scale)
+    assert np.array_equal(given, before)
+    before = ranked.copy()
+    thresholds(ranked, table(), savings(table()), 1.0)
+    losses(ranked, table(), savings(table()))
+    assert np.array_equal(ranked, before)
+
+
+def test_a_threshold_keeps_whole_granules() -> None:
+    grouped = chain_table((32, 24), granularities=(8, 1))
+    found = thresholds(np.random.default_rng(0).random(32 + 24), grouped)
+    assert set(found[:, 0]) == {8, 16, 24, 32}
+    assert (np.diff(found, axis=0).sum(axis=1) < 0).all()
+    for keep in found.tolist():
+        grouped.check(Policy(tuple(keep)))
+
+
+def test_what_saves_nothing_goes_with_what_saves_least() -> None:
+    saved = savings(table()) * np.array([0, 1, 1])
+    found = thresholds(np.ones(sum(WIDTHS)), table(), saved, 1.0)
+    most = int(saved.argmax())
+    assert (found[found[:, most] > 1, 0] == WIDTHS[0]).all()

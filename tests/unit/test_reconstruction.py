@@ -1,15 +1,18 @@
 """Layer-wise fitting: what it recovers, what it leaves alone, and what is written back."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional as F
 
 from evosearch.data import open_source
-from evosearch.networks import Network, NetworkSpec, load_network
+from evosearch.errors import NetworkError
+from evosearch.networks import InputSpec, Network, NetworkSpec, load_network
 from evosearch.policy import Policy
 from evosearch.pruning.cutting import Cutter, CuttingPlan
 from evosearch.pruning.folding import layout_of
@@ -262,3 +265,160 @@ def test_layer_that_pads_by_name_is_left_as_it_is() -> None:
         assert torch.equal(cutter.network.get_submodule("conv1").weight, before)
         found = cutter.network(images)
     assert (found - wanted).square().mean() < 0.5 * (raw - wanted).square().mean()
+
+
+class Depthwise(nn.Module):
+    """A depthwise convolution between two others, norms behind all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm_a = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.deep, self.norm_deep = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)
+        self.b, self.norm_b = nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps `(n, 3, h, w)` to `(n, 10)`."""
+        x = F.relu(self.norm_deep(self.deep(F.relu(self.norm_a(self.a(x))))))
+        return self.fc(F.relu(self.norm_b(self.b(x))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def deep() -> Network:
+    torch.manual_seed(0)
+    shape = InputSpec(shape=(3, 8, 8), mean=(0.0,) * 3, std=(1.0,) * 3)
+    return Network(spec=NetworkSpec(name="deep"), module=Depthwise().eval(), input=shape)
+
+
+def test_a_heavy_load_leaves_scales_and_weights_where_they_were() -> None:
+    network = deep()
+    plan, images = trace(network), network.example(16)
+    keep = kept(plan, {"a": [1, 4]})
+    cutter = Cutter(plan, network.module)
+    before = {k: v.clone() for k, v in cutter.cut(keep).named_parameters()}
+    reconstructor(network, plan, images, ridge=1e6).reconstruct(cutter.network, keep, images)
+    after = dict(cutter.network.named_parameters())
+    torch.testing.assert_close(after["deep.weight"], before["deep.weight"])
+    torch.testing.assert_close(
+        after["norm_deep.weight"], before["norm_deep.weight"], rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(after["b.weight"], before["b.weight"], rtol=1e-3, atol=1e-5)
+
+
+def test_a_filter_of_zeros_is_no_obstacle() -> None:
+    network = deep()
+    with torch.no_grad():
+        network.module.b.weight[2] = 0
+    plan, images = trace(network), network.example(16)
+    keep = kept(plan, {"a": [1, 4]})
+    cutter = Cutter(plan, network.module)
+    reconstructor(network, plan, images, ridge=0.1).reconstruct(cutter.cut(keep), keep, images)
+    assert all(tensor.isfinite().all() for tensor in cutter.network.state_dict().values())
+
+
+def test_where_few_digits_give_no_factor_more_are_taken() -> None:
+    network = small()
+    plan, images = trace(network), network.example(8)
+    layout = layout_of(network)
+    targets = targets_of(network.module, layout, images, 16)
+    rough = Reconstructor(plan, layout, network.module, targets, torch.bfloat16, 1e-3)
+    rng = np.random.default_rng(0)
+    # Inputs that hardly differ: what sets them apart is below the digits of the products.
+    rows = rng.normal(size=(256, 1)) @ rng.uniform(0.5, 1.5, (1, 64)) + 1e-2 * rng.normal(
+        size=(256, 64)
+    )
+    residual = rows @ rng.normal(size=(64, 4))
+    gram = rows.T @ rows
+    gram += 1e-3 * gram.diagonal().mean() * np.eye(64)
+    wanted = np.linalg.solve(gram, rows.T @ residual).T
+    found = rough._step(*(torch.from_numpy(part).float() for part in (rows, residual)))
+    np.testing.assert_allclose(found.numpy(), wanted, atol=0.05 * np.abs(wanted).max())
+
+
+def test_the_head_is_fitted_even_where_it_lost_no_inputs() -> None:
+    network = load_network(NetworkSpec(name="resnet20"))
+    plan, images = trace(network), network.example(8)
+    keep = np.append(np.arange(int(plan.table.channels.sum())) % 2 == 0, True)
+    layout = layout_of(network)
+    targets = targets_of(network.module, layout, images, 4)
+    few = Reconstructor(
+        plan, layout, network.module, targets, torch.float32, 1e-3, every_layer=False
+    )
+    cutter = Cutter(plan, network.module)
+    before = {k: v.clone() for k, v in cutter.cut(keep).named_parameters()}
+    few.reconstruct(cutter.network, keep, images)
+    after = dict(cutter.network.named_parameters())
+    assert layout.head == "linear"
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    # Of a block the second convolution loses inputs, and the first does not.
+    assert {"linear.weight", "layer1.0.conv2.weight"} <= changed
+    assert not {"conv1.weight", "layer1.0.conv1.weight"} & changed
+
+
+def test_a_bias_before_a_norm_counts_once() -> None:
+    network = deep()
+    with torch.no_grad():
+        network.module.b.bias.add_(2)
+    plan, images = trace(network), network.example(32)
+    keep = kept(plan, {"a": [1, 4, 5]})
+    cutter = Cutter(plan, network.module)
+    with torch.inference_mode():
+        wanted = network.module(images)
+        raw = cutter.cut(keep)(images)
+        reconstructor(network, plan, images, 1e-3).reconstruct(cutter.cut(keep), keep, images)
+        found = cutter.network(images)
+    assert (found - wanted).square().mean() < 0.5 * (raw - wanted).square().mean()
+
+
+class Fickle(nn.Module):
+    """Adds its branch to its stream, unless the stream is very narrow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps `(n, 3, h, w)` to `(n, 10)`."""
+        x = F.relu(self.a(x))
+        y = self.b(x)
+        y = x + y if x.shape[1] > 3 else F.relu(y)
+        return self.fc(y.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_sum_that_does_not_come_is_no_silent_error() -> None:
+    network = replace(deep(), module=Fickle().eval())
+    plan, images = trace(network), network.example(8)
+    fitted = reconstructor(network, plan, images, 0.1)
+    cutter = Cutter(plan, network.module)
+    name = plan.table.groups[0].name
+    keep = kept(plan, {name: [0, 1]})
+    fitted.reconstruct(cutter.cut(keep), keep, images)
+    keep = kept(plan, {name: [0, 1, 2, 3, 4, 5]})
+    with pytest.raises(NetworkError, match="b: the output was added in the dense network"):
+        fitted.reconstruct(cutter.cut(keep), keep, images)
+    # Nor is it held against the next one.
+    keep = kept(plan, {name: [0, 1]})
+    fitted.reconstruct(cutter.cut(keep), keep, images)
+
+
+class ReadTwice(Fickle):
+    """Adds its branch to its stream, and reads it by itself as well."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps `(n, 3, h, w)` to `(n, 10)`."""
+        x = F.relu(self.a(x))
+        y = self.b(x)
+        return self.fc(((x + y) * torch.tanh(y)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_an_output_that_is_read_beside_its_sum_is_fitted_by_itself() -> None:
+    network = replace(deep(), module=ReadTwice().eval())
+    images = network.example(8)
+    found = targets_of(network.module, layout_of(network), images, 16)
+    assert {name: target.summed for name, target in found.items()} == {
+        "a": False,
+        "b": False,
+        "fc": False,
+    }
+    network = replace(network, module=Fickle().eval())
+    assert targets_of(network.module, layout_of(network), images, 16)["b"].summed

@@ -80,3 +80,17 @@ def test_size_of_the_output_is_that_of_the_convolution(
     layer = nn.Conv2d(3, 4, (3, 2), stride=stride, padding=padding, dilation=dilation)
     x = torch.zeros(1, 3, 13, 16)
     assert output_size(layer, x) == tuple(layer(x).shape[2:])
+
+
+def test_a_sampler_reads_maps_of_one_size_after_those_of_another() -> None:
+    positions = np.array([[0, 1], [3, 2], [4, 4]])
+    layer = nn.Conv2d(2, 3, 3, padding=1)
+    kept = Sampler(positions)
+    for shape in ((4, 2, 6, 5), (2, 2, 6, 5), (4, 2, 5, 6), (4, 2, 6, 5)):
+        maps, fresh = torch.randn(shape), Sampler(positions)
+        assert torch.equal(kept.outputs(maps), fresh.outputs(maps))
+        assert torch.equal(kept.patches(maps, layer), fresh.patches(maps, layer))
+    kept = Sampler(np.array([[0], [2]]))
+    for shape in ((4, 3, 8), (2, 3, 8), (2, 5, 8)):
+        tokens, fresh = torch.randn(shape), Sampler(np.array([[0], [2]]))
+        assert torch.equal(kept.outputs(tokens), fresh.outputs(tokens))

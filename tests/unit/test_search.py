@@ -101,12 +101,14 @@ def test_search_goes_on_when_every_candidate_fails(folder: Path, algorithm: str)
     assert bench.search(30).evaluations == 30
 
 
-@pytest.mark.parametrize("constraint", ["error <= 0.01", "error <= 0.00001"])
+@pytest.mark.parametrize(
+    "constraint", ["error <= 0.01", "error <= 0.00001", "error <= 0.0000000001"]
+)
 @pytest.mark.parametrize("algorithm", ["nsga2", "gde3", "nsde"])
 def test_failures_are_ranked_behind_everything_else(
-    folder: Path, algorithm: str, constraint: str
+    folder: Path, algorithm: str, bound: str
 ) -> None:
-    bench = Bench(folder / "run", algorithm, constraints=[constraint])
+    bench = Bench(folder / "run", algorithm, constraints=[f"error <= {bound}"])
     bench.search()
     failed = bench.failures()
     assert failed
@@ -195,3 +197,11 @@ def test_uniform_ladder_ends_when_it_is_out_of_rungs(folder: Path) -> None:
     outcome = bench.search(10_000)
     assert outcome.reason == "the algorithm has nothing more to ask"
     assert bench.measured() == _ladder(10_000)
+
+
+def test_a_long_search_ends_when_its_budget_is_spent(folder: Path) -> None:
+    """Two hundred generations in a row without a new policy end it, not two hundred of any."""
+    bench = Bench(folder / "run", "random", population=2, snapshots=False)
+    outcome = bench.search(450)
+    assert len(bench.asks()) > 200
+    assert (outcome.evaluations, outcome.reason) == (450, "the budget is spent")

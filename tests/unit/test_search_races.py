@@ -1,12 +1,16 @@
 """Searches that drop candidates early."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from evosearch.algorithms import Algorithm, make_algorithm
+from evosearch.scoring.racing import Races
 from evosearch.search import BASELINE
-from tests.unit.search_bench import Bench, every_algorithm
+from tests.unit import search_bench
+from tests.unit.search_bench import Bench, every_algorithm, formula
 
 
 @every_algorithm
@@ -59,3 +63,50 @@ def test_ladder_beside_a_search_with_races_is_measured_in_full(bench: Bench) -> 
     again = [e.measurement for e in bench.entries() if e.policy in lost]
     assert again
     assert all(found is not None and not found.blocks and found.ok for found in again)
+
+
+def test_who_is_dropped_is_told_as_worse_and_not_as_failed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    def listening(*arguments: Any, **named: Any) -> Algorithm:
+        algorithm = make_algorithm(*arguments, **named)
+        tell = algorithm.tell
+
+        def noting(objectives: Any, violations: Any) -> None:
+            told.append(np.column_stack([objectives, violations]))
+            tell(objectives, violations)
+
+        algorithm.tell = noting  # type: ignore[method-assign]
+        return algorithm
+
+    monkeypatch.setattr(search_bench, "make_algorithm", listening)
+    bench.racing = 0.1
+    bench.search(120)
+    landed = {e.policy.digest: e.measurement for e in bench.entries() if e.measurement}
+    asked = [digest for generation in bench.asks() for digest in generation]
+    rows = dict(zip(asked, np.concatenate(told), strict=False))
+    dropped = [entry.policy.digest for entry in bench.dropped()]
+    assert len(set(dropped) & set(rows)) > 20
+    for digest, (error, _, failure) in rows.items():
+        measurement = landed[digest]
+        assert (failure > 0) == measurement.failed
+        assert measurement.failed or error == measurement.metrics["error"]
+
+
+def test_a_ladder_races_against_nobody_where_the_search_does(bench: Bench) -> None:
+    seen: list[Races] = []
+
+    def score(policies: Any, record: Any, _stop: Any, races: Races, _ahead: Any) -> None:
+        seen.append(races)
+        for policy in policies:
+            record(formula(policy))
+
+    bench._score = score  # type: ignore[method-assign]
+    bench.algorithm, bench.track, bench.racing = "uniform", BASELINE, 0.1
+    bench.search(12)
+    assert seen
+    assert not any(seen)
+    # As measurements, which the run's tables and plots read.
+    assert len(bench.measured()) == 12

@@ -16,7 +16,16 @@ from evosearch.data import Images, SourceOptions, open_source
 from evosearch.errors import BackendError, ConfigError, DataError, NetworkError
 from evosearch.networks import Network, NetworkSpec, load_network
 from evosearch.training import Checkpoint, TrainSettings, train
-from evosearch.training.baseline import _loss, trainable
+from evosearch.training.baseline import (
+    _batches,
+    _loss,
+    check_trains,
+    learning_rate,
+    make_optimiser,
+    top1,
+    train_epoch,
+    trainable,
+)
 from evosearch.training.command import augmented, image_size_for, train_baseline
 from evosearch.training.devices import training_device
 from evosearch.training.finetune import finetune
@@ -306,3 +315,153 @@ def test_test_images_that_are_not_there_are_told_before_anything_is_trained(tmp_
             report=said.append,
         )
     assert not said
+
+
+PLAIN = replace(SETTINGS, distillation=0.0)
+
+
+def test_the_learning_rate_warms_up_and_comes_down_to_nothing() -> None:
+    settings = TrainSettings(epochs=10, lr=0.4, warmup_epochs=2.0)
+    rates = [learning_rate(settings, progress) for progress in (0, 1, 2, 6, 10)]
+    assert rates == pytest.approx([0, 0.2, 0.4, 0.2, 0], abs=1e-12)
+    flat_start = replace(settings, warmup_epochs=0.0)
+    assert learning_rate(flat_start, 0) == 0.4
+    # A warm-up as long as the training never comes down.
+    assert learning_rate(replace(settings, warmup_epochs=10), 9) == pytest.approx(0.36)
+
+
+def test_the_last_step_of_a_training_is_as_good_as_none(small: Network, images: Images) -> None:
+    rates: list[float] = []
+    train(small, images, images, PLAIN, report=lambda line: rates.append(line.lr))
+    assert rates == pytest.approx([0.025, 0], abs=1e-12)
+
+
+def test_every_epoch_has_an_order_of_its_own_that_follows_from_the_seed(images: Images) -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        numbered = Images(images.pixels, np.arange(len(images)))
+        parts = _batches(numbered, replace(PLAIN, seed=seed), epoch)
+        return np.concatenate([labels for _, labels in parts]).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert sorted(order(0, 0)) == list(range(len(images)))
+    assert len({tuple(order(*which)) for which in ((0, 0), (0, 1), (1, 0), (1, 1))}) == 4
+
+
+def test_labels_belong_to_their_images(images: Images) -> None:
+    plain = replace(PLAIN, crop_padding=0, flip=False)
+    pairs = zip(images.pixels, images.labels, strict=True)
+    known = {pixels.tobytes(): label for pixels, label in pairs}
+    for pixels, labels in _batches(images, plain, 0):
+        assert [known[p.tobytes()] for p in pixels] == labels.tolist()
+
+
+def test_a_digit_is_not_mirrored(images: Images) -> None:
+    one_sided = Images(np.zeros_like(images.pixels), images.labels)
+    one_sided.pixels[:, :, :16] = 255
+    plain = replace(PLAIN, crop_padding=0, flip=False)
+    assert all((pixels[:, :, :16] == 255).all() for pixels, _ in _batches(one_sided, plain, 0))
+    mirrored = [
+        (p[:, 0, 0, 0] == 0).mean() for p, _ in _batches(one_sided, replace(plain, flip=True), 0)
+    ]
+    assert 0.3 < np.mean(mirrored) < 0.7
+
+
+def test_settings_reach_the_optimiser(small: Network) -> None:
+    settings = replace(PLAIN, weight_decay=0.03)
+    (group,) = make_optimiser(small.module, settings).param_groups
+    assert {key: group[key] for key in ("lr", "momentum", "nesterov", "weight_decay")} == {
+        "lr": 0.05,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 0.03,
+    }
+    assert len(group["params"]) == len(list(small.module.parameters()))
+
+
+def test_smoothed_labels_are_spread_over_all_classes() -> None:
+    generator = np.random.default_rng(0)
+    found, labels = generator.normal(size=(8, 5)), generator.integers(0, 5, 8)
+    told = -np.log(np.exp(found) / np.exp(found).sum(1, keepdims=True))
+    wanted = 0.8 * told[np.arange(8), labels].mean() + 0.2 * told.mean()
+    settings = replace(PLAIN, label_smoothing=0.2)
+    tensors = (torch.from_numpy(x) for x in (found, labels))
+    assert float(_loss(*tensors, None, settings)) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_accuracy_is_that_of_the_network_as_it_is_used(small: Network, images: Images) -> None:
+    before = copy.deepcopy(small.module.state_dict())
+    small.module.eval()
+    with torch.inference_mode():
+        right = small.module(small.normalise(images.pixels)).argmax(1).numpy() == images.labels
+    small.module.train()
+    assert top1(small, images) == right.mean()
+    # Batch norm has learnt nothing from images that are only to be measured.
+    assert same(before, dict(small.module.state_dict()))
+
+
+def test_a_check_before_training_leaves_statistics_alone(small: Network, images: Images) -> None:
+    before = copy.deepcopy(small.module.state_dict())
+    small.module.eval()
+    check_trains(small)
+    assert same(before, dict(small.module.state_dict()))
+    assert not small.module.training
+
+
+def test_momentum_goes_on_after_a_restart(small: Network, images: Images, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(_line: object) -> None:
+        raise Stop
+
+    checkpoint = Checkpoint(path=tmp_path / "c.pt")
+    with pytest.raises(Stop):
+        trained(small, images, checkpoint=checkpoint, report=stop, settings=PLAIN)
+    other = replace(PLAIN, threads=2)  # of no matter to what is trained
+    again = trained(small, images, checkpoint=checkpoint, settings=other)
+    whole = trained(small, images, settings=PLAIN)
+    assert all(torch.allclose(again[k].double(), whole[k].double(), atol=1e-4) for k in whole)
+
+
+def test_half_precision_is_used_where_it_is_asked_for(small: Network, images: Images) -> None:
+    seen = set()
+    small.module.features[0].register_forward_hook(
+        lambda layer, _inputs, output: seen.add(output.dtype) if layer.training else None
+    )
+    train(small, images, images, replace(PLAIN, epochs=1, precision="bfloat16"))
+    assert torch.bfloat16 in seen
+    assert all(p.dtype == torch.float32 for p in small.module.parameters())
+
+
+def test_the_rate_of_each_step_is_that_of_its_end(small: Network, images: Images) -> None:
+    optimiser = make_optimiser(small.module, PLAIN)
+    rates: list[float] = []
+    optimiser.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+    for epoch in range(2):
+        train_epoch(small, images, optimiser, PLAIN, epoch)
+    wanted = [learning_rate(PLAIN, (step + 1) / 3) for step in range(6)]
+    assert rates == pytest.approx(wanted)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_training_that_diverges_is_told(small: Network, images: Images) -> None:
+    with pytest.raises(ConfigError, match=r"training diverged in epoch 1; lower lr \(1e\+30\)"):
+        trained(small, images, settings=replace(PLAIN, lr=1e30))
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
+    small: Network, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(path=tmp_path / "c.pt")
+    whole = trained(small, images, checkpoint=checkpoint, settings=PLAIN)
+
+    def killed(_state: object, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    optimiser = make_optimiser(small.module, PLAIN)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(PLAIN, small.module, optimiser, [])
+    assert same(trained(small, images, checkpoint=checkpoint, settings=PLAIN), whole)
