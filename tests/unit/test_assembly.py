@@ -271,7 +271,7 @@ def test_a_budget_of_time_is_spent() -> None:
     ("measure", "sentence"),
     [
         ("nobody", "name your own function as module:function"),
-        ("evosearch:nobody", "evosearch has no nobody"),
+        ("evosearch:nobody", "evosearch has no function or class .nobody"),
         ("nowhere.py:clock", r"latency\.measure = .* file .*nowhere\.py does not exist"),
         (f"{__name__}:Made", r"latency\.measure failed with TypeError"),
         (f"{__name__}:recipe_text", "is no function, but a str"),

@@ -51,7 +51,7 @@ def recipe_of(**data: int) -> Recipe:
                 "objectives": ["divergence", "macs"],
                 "algorithm": "nsga2",
                 "population": 6,
-                "evaluations": 12,
+                "evaluations": 24,
                 "baseline": 3,
             },
             "proxy": {"name": "compensated"},
@@ -296,4 +296,4 @@ def test_a_search_of_few_policies_that_is_behind_is_said_to_have_begun(
     results = of_run(run)[0]
     monkeypatch.setattr(Results, "baseline_hypervolume", lambda _: 0.0 if ahead else 1.0)
     told = "\n".join(hypervolume_lines(results))
-    assert ("12 policies are a beginning: resume with more --evaluations" in told) is not ahead
+    assert ("24 policies are a beginning: resume with more --evaluations" in told) is not ahead

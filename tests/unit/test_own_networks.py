@@ -163,7 +163,7 @@ def test_wrapped_networks_are_scored_and_load_again(name: str, tmp_path: Path) -
     [
         ("Lazy", "fc has seen no input yet"),
         ("scripted", "is TorchScript, whose layers cannot be cut"),
-        ("Random", r"other outputs each time .* F.dropout wants training=self.training"),
+        ("Random", r"different outputs each time .* F.dropout wants training=self.training"),
         ("Closed", "no gradients, by which channels are followed: leave torch.no_grad"),
     ],
 )
