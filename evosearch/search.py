@@ -259,7 +259,7 @@ class Search:
         if self._idle_asks >= _STALLED_ASKS:
             return f"no new policy in {_STALLED_ASKS} generations"
         if self._idle_asks >= _STALLED_WHEN_ALL and self._all_measured:
-            return f"all {len(self._paid)} policies of the space are measured"
+            return f"all {len(self._paid)} affordable policies are measured"
         return None
 
     @property

@@ -456,17 +456,10 @@ def test_network_that_checks_its_widths_fixes_them(error: type[Exception]) -> No
     assert "eight channels were wanted" in reasons(plan)["a"]
 
 
-def test_weights_that_two_layers_share_are_counted_once() -> None:
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_what_two_layers_share_is_counted_once(kind: str) -> None:
     tied = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 6, 1))
-    tied[1].weight = tied[0].weight
-    module = Chain(b=tied)
-    plan = traced_own(module)
-    assert plan.table.dense_costs[1] == sum(p.numel() for p in module.parameters())
-
-
-def test_biases_that_two_layers_share_are_counted_once() -> None:
-    tied = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 6, 1))
-    tied[1].bias = tied[0].bias
+    setattr(tied[1], kind, getattr(tied[0], kind))
     module = Chain(b=tied)
     plan = traced_own(module)
     assert plan.table.dense_costs[1] == sum(p.numel() for p in module.parameters())

@@ -125,7 +125,7 @@ def test_exhausted_space_ends_the_search(folder: Path, algorithm: str) -> None:
     ends = (
         "the algorithm has nothing more to ask",
         "no new policy in 200 generations",
-        f"all {outcome.evaluations} policies of the space are measured",
+        f"all {outcome.evaluations} affordable policies are measured",
     )
     assert outcome.finished
     assert outcome.reason in ends
@@ -146,7 +146,7 @@ def test_space_of_which_all_is_measured_is_not_asked_for_long(
     outcome = bench.search(1000)
     assert outcome.finished
     assert outcome.evaluations == there_are
-    assert outcome.reason == f"all {there_are} policies of the space are measured"
+    assert outcome.reason == f"all {there_are} affordable policies are measured"
     assert len(bench.asks()) <= there_are + 9
 
 
