@@ -77,8 +77,7 @@ def compared(name: str, images: int, options: Any) -> dict[str, Any]:
     # As draw_widths divides them, less the dense one.
     uneven = np.arange(1, 1 + options.timed) >= (1 + options.timed) // 2
     kinds = {"level": ~uneven, "uneven": uneven}
-    axes, layers = table.shapes()
-    model = fit_latency(axes, layers, table.channels.tolist(), keep[fitted], seconds[fitted])
+    model = fit_latency(table.shapes(), table.channels.tolist(), keep[fitted], seconds[fitted])
     line = np.polyfit(shares[fitted], seconds[fitted], 1, w=1 / seconds[fitted])
     guesses = {
         "model": model.seconds(keep[other]),

@@ -158,8 +158,8 @@ def assemble(
     _check_names(recipe)
     _check_where(recipe)
     network, image_sets = network_and_images(recipe)
-    plan = trace(network)
     options: Mapping[str, Any] = {k: v for k, v in recipe.space.items() if k != "name"}
+    plan = trace(network, blocks=options.get("blocks") is True)
     wish = criteria_wish(recipe.space["name"], options)
     if wish is not None and not wish.names:
         named = tuple(criteria) or applicable_criteria(network.module, plan)[0]

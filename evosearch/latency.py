@@ -4,9 +4,10 @@ MACs say little about time: a ResNet-20 with a fifth of its MACs still takes hal
 what a layer costs besides its products does not shrink, and kernels work on widths in eights or
 sixteens. So some networks of all widths are timed once, and a sum of terms is fitted to their
 times, none of them negative: for layers of a kind (positions, kernel, grouped or not) their MACs,
-their MACs with widths rounded up to eights and to sixteens, and the maps they write and read. Hence
-no width ever costs less than a smaller one, and a policy's latency is known before anything is
-built, as its MACs are.
+their MACs with widths rounded up to eights and to sixteens, and the maps they write and read; for
+blocks that can be left out, that they are there, and the maps they return. Hence no width ever
+costs less than a smaller one, and a policy's latency is known before anything is built, as its MACs
+are.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evosearch.checks import check_shape
 
-__all__ = ["BLOCK", "AxisWidth", "LatencyModel", "LayerShape", "fit_latency", "minds_odd_widths"]
+__all__ = [
+    "BLOCK",
+    "AxisWidth",
+    "BlockShape",
+    "LatencyModel",
+    "LayerShape",
+    "fit_latency",
+    "minds_odd_widths",
+]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -65,11 +74,27 @@ class LayerShape(_Part):
         in_axis, out_axis: Indices of dimensions; no input for grouped convolutions.
         macs: Multiply-accumulates per pair of channels.
         positions: Places of a map at which the kernel is applied.
+        needs: A group of the block that it is part of: without channels of it, it does not run.
     """
 
     in_axis: Index | None
     out_axis: Index
     macs: Index
+    positions: Index
+    needs: Index | None = None
+
+
+class BlockShape(_Part):
+    """What the time of a block may hang on beside that of its layers.
+
+    Args:
+        needs: A group inside: without channels of it, the block is left out.
+        out_axis: Index of the dimension that it returns.
+        positions: Places of the map that it returns.
+    """
+
+    needs: Index
+    out_axis: Index
     positions: Index
 
 
@@ -81,6 +106,13 @@ class Term(_Part):
     other: Index | None
     block: _Block = 1
     """Widths are rounded up to multiples of this."""
+    needs: Index | None = None
+    """A group: the term is nothing where none of its channels is kept."""
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Of the widths that it hangs on."""
+        return tuple(axis for axis in (self.one, self.other) if axis is not None)
 
     @model_validator(mode="before")
     @classmethod
@@ -183,33 +215,57 @@ class LatencyModel(_Part):
         check_shape(keep, "keep", ("n", len(self.channels)))
         every = np.concatenate([*self._widths.of(keep).values(), np.ones((len(keep), 1))], axis=1)
         ones, others, seconds = self._columns
-        return np.asarray(self.constant + (every[:, ones] * every[:, others]) @ seconds)
+        spent = every[:, ones] * every[:, others]
+        if not keep.all():
+            spent *= _running(keep, self.terms)
+        return np.asarray(self.constant + spent @ seconds)
+
+
+def _running(keep: IntArray, terms: Sequence[Term]) -> FloatArray:
+    """`(n, n_terms)`: 0 for terms of blocks that are left out, 1 for all others."""
+    found = np.ones((len(keep), len(terms)))
+    for column, term in enumerate(terms):
+        if term.needs is not None:
+            found[:, column] = keep[:, term.needs] > 0
+    return found
 
 
 class _Columns:
-    """What is fitted: one column of numbers per kind of layer and kind of term.
+    """What is fitted: one column of numbers per kind of layer, or of block, and kind of term.
 
     Args:
         axes: All dimensions.
         layers: All that cost something.
+        blocks: Those that may be left out.
     """
 
-    def __init__(self, axes: Sequence[AxisWidth], layers: Sequence[LayerShape]) -> None:
+    def __init__(
+        self,
+        axes: Sequence[AxisWidth],
+        layers: Sequence[LayerShape],
+        blocks: Sequence[BlockShape],
+    ) -> None:
         self._axes = axes
         kinds: dict[tuple[bool, int, int], list[LayerShape]] = {}
         for layer in layers:
             kinds.setdefault((layer.in_axis is None, layer.positions, layer.macs), []).append(layer)
         self.terms = [list(terms) for same in kinds.values() for terms in _terms(same)]
+        sizes: dict[int, list[BlockShape]] = {}
+        for block in blocks:
+            sizes.setdefault(block.positions, []).append(block)
+        self.terms += [list(terms) for same in sizes.values() for terms in _block_terms(same)]
 
     def values(self, keep: IntArray) -> FloatArray:
         """`(n, 1 + n_columns)`, the first of ones."""
         widths = _Widths(self._axes, keep.shape[1]).of(keep)
         found = np.ones((len(keep), 1 + len(self.terms)))
         for column, terms in enumerate(self.terms, 1):
+            running = _running(keep, terms)
             found[:, column] = sum(
-                term.seconds * np.prod([widths[term.block][:, axis] for axis in axes], axis=0)
-                for term in terms
-                if (axes := [axis for axis in (term.one, term.other) if axis is not None])
+                term.seconds
+                * np.prod([widths[term.block][:, axis] for axis in term.axes], axis=0)
+                * running[:, place]
+                for place, term in enumerate(terms)
             )
         return found
 
@@ -217,15 +273,23 @@ class _Columns:
 def _terms(layers: Sequence[LayerShape]) -> Iterator[Iterable[Term]]:
     """Columns for layers of one kind; their `seconds` are factors until they are fitted."""
     for block in _BLOCKS:
-        yield (Term(seconds=r.macs, one=r.in_axis, other=r.out_axis, block=block) for r in layers)
-    yield (Term(seconds=r.positions, one=None, other=r.out_axis) for r in layers)
+        yield (
+            Term(seconds=r.macs, one=r.in_axis, other=r.out_axis, block=block, needs=r.needs)
+            for r in layers
+        )
+    yield (Term(seconds=r.positions, one=None, other=r.out_axis, needs=r.needs) for r in layers)
     if layers[0].in_axis is not None:
-        yield (Term(seconds=r.positions, one=r.in_axis, other=None) for r in layers)
+        yield (Term(seconds=r.positions, one=r.in_axis, other=None, needs=r.needs) for r in layers)
+
+
+def _block_terms(blocks: Sequence[BlockShape]) -> Iterator[Iterable[Term]]:
+    """Columns for blocks that return maps of one size: sums and activations beside layers."""
+    yield (Term(seconds=1, one=None, other=None, needs=b.needs) for b in blocks)
+    yield (Term(seconds=b.positions, one=None, other=b.out_axis, needs=b.needs) for b in blocks)
 
 
 def fit_latency(
-    axes: Sequence[AxisWidth],
-    layers: Sequence[LayerShape],
+    shapes: tuple[Sequence[AxisWidth], Sequence[LayerShape], Sequence[BlockShape]],
     channels: Sequence[int],
     keep: IntArray,
     seconds: FloatArray,
@@ -233,13 +297,15 @@ def fit_latency(
     """Fits a model to timed policies, to their relative errors.
 
     Args:
-        axes: All dimensions of weights.
-        layers: All that cost something.
+        shapes: All dimensions of weights, all layers that cost something, and the blocks that can
+            be left out.
         channels: Of each group in the dense network.
         keep: `(n, n_groups)` kept channels, the dense network's first.
         seconds: `(n,)` measured.
     """
-    columns = _Columns(axes, layers)
+    axes, layers, blocks = shapes
+    # Where all of them are there, they are part of what no width changes.
+    columns = _Columns(axes, layers, () if keep.all() else blocks)
     values = columns.values(keep)
     factors = _nonnegative(values, seconds)
     terms = [
@@ -248,6 +314,7 @@ def fit_latency(
             one=term.one,
             other=term.other,
             block=term.block,
+            needs=term.needs,
         )
         for factor, same in zip(factors[1:], columns.terms, strict=True)
         for term in (same if factor > 0 else ())

@@ -47,14 +47,14 @@ class Policy:
     """Channels kept per group. Equal policies are the same network under the same proxy.
 
     Args:
-        keep: One count per prunable group, in the order of the group table, each at least 1.
+        keep: One count per prunable group, in the order of the group table; 0 in all groups of a
+            block that is left out.
         blend: Per group the criteria that say which channels, with whole weights; an empty one
             means the recipe's criterion. Weights are reduced to lowest terms and criteria sorted
             by name, so that equal blends are equal; if all are empty there is none.
 
     Raises:
-        PolicyError: A group would lose every channel, a count is not an integer, or a blend is
-            not what it should be.
+        PolicyError: A count is no whole number from 0 on, or a blend is not what it should be.
     """
 
     keep: tuple[int, ...]
@@ -63,9 +63,9 @@ class Policy:
     def __post_init__(self) -> None:
         if not set(map(type, self.keep)) <= {int}:  # True is an int, but no count
             raise PolicyError(f"a policy keeps whole channels, got {self.keep}")
-        if min(self.keep, default=1) < 1:
-            empty = [group for group, count in enumerate(self.keep) if count < 1]
-            raise PolicyError(f"groups {empty} would lose every channel; keep at least 1")
+        if min(self.keep, default=0) < 0:
+            less = [group for group, count in enumerate(self.keep) if count < 0]
+            raise PolicyError(f"groups {less} would keep fewer channels than none")
         if self.blend:
             object.__setattr__(self, "blend", _canonical(self.blend, len(self.keep)))
 

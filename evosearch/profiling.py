@@ -9,6 +9,7 @@ from evosearch.errors import ConfigError
 from evosearch.latency import LatencyModel
 from evosearch.measurement import Measurement
 from evosearch.networks import InputSpec
+from evosearch.pruning.groups import trace
 from evosearch.pruning.table import FixedGroup, Group
 from evosearch.reach import reachable_costs
 from evosearch.recipe import Recipe
@@ -23,6 +24,7 @@ __all__ = ["Profile", "profile", "profile_lines"]
 _RAY_START_S = 10.0
 # Whoever waits longer may want to know what would do.
 _LONG_S = 600.0
+_FEW_NAMES = 6
 # So many images fit layers about as well, where only those are fitted that lost inputs.
 _FEW_TO_FIT = 64
 
@@ -34,6 +36,8 @@ class Profile:
     Args:
         groups: What can be cut, with the name of its gene.
         fixed: What cannot, and why.
+        blocks: Names of what can be left out.
+        left_out: Whether the space does so.
         n_genes: Length of a genome.
         dense: MACs and parameters of the dense network.
         lowest, highest: Shares of costs that the space reaches, by name.
@@ -54,6 +58,8 @@ class Profile:
 
     groups: tuple[Group, ...]
     fixed: tuple[FixedGroup, ...]
+    blocks: tuple[str, ...]
+    left_out: bool
     n_genes: int
     dense: tuple[int, int]
     lowest: Mapping[str, float]
@@ -90,17 +96,20 @@ def profile(recipe: Recipe) -> Profile:
     candidate = scorer.score(middle)
     latency = _timed(assembled)
     lowest, highest = reachable_costs(space, replace(table, latency=latency))
+    blocks = table.blocks or trace(assembled.workload.network(), blocks=True).table.blocks
     workers, settled = recipe.run.workers, assembled.recipe.search
     count = recipe.search.evaluations + recipe.search.baseline
     seconds = count * candidate.seconds / max(workers, 1) + (_RAY_START_S if workers else 0)
     return Profile(
         groups=table.groups,
         fixed=table.fixed,
+        blocks=tuple(block.name for block in blocks),
+        left_out=bool(table.blocks),
         n_genes=space.n_genes,
         dense=table.dense_costs,
         lowest=lowest,
         highest=highest,
-        latency=None if latency is None else latency.told(table.granularities),
+        latency=None if latency is None else latency.told(table.fewest),
         candidate=candidate,
         device=device,
         macs=int(table.costs_of([middle])[0][0]) / table.dense_costs[0],
@@ -168,6 +177,11 @@ def profile_lines(recipe: Recipe, found: Profile) -> list[str]:
         f"  {group.name:32s} {group.channels:5d} channels fixed: {group.reason}"
         for group in found.fixed
     ]
+    if found.blocks:
+        may = "may be left out" if found.left_out else "stay; with space.blocks = true they may go"
+        names = ", ".join(found.blocks[:_FEW_NAMES])
+        more = ", ..." if len(found.blocks) > _FEW_NAMES else ""
+        lines.append(f"blocks      {len(found.blocks)} {may}: {names}{more}")
     titles = {"macs": "MACs", "params": "parameters", "latency": "latency"}
     lines += [
         f"{title:11s} {found.lowest[name]:.1%} to {found.highest[name]:.1%} of dense"

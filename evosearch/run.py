@@ -240,7 +240,7 @@ def _announce(assembled: Assembled, observer: Observer) -> None:
     )
     table = assembled.workload.plan.table
     if table.latency is not None:
-        observer.phase(f"latency: {table.latency.told(table.granularities)}")
+        observer.phase(f"latency: {table.latency.told(table.fewest)}")
     for doubt in assembled.doubts():
         observer.phase(doubt)
 

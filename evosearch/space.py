@@ -3,7 +3,8 @@
 A space is anything with the members of `SearchSpace`, made by a factory that is registered under
 the entry-point group `evosearch.spaces` and called with a group table and the options of the
 recipe's `[space]` table. Searching knows no space by name; a recipe that names none gets
-`layer-sparsity`, and the options `project_onto` and `round_to` mean the same in every space.
+`layer-sparsity`, and the options `project_onto`, `round_to` and `blocks` mean the same in every
+space: blocks are looked for where that is true.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -21,6 +21,8 @@ _FIRST_ITERATIONS, _NEXT_ITERATIONS = 40, 12
 # A guessed loss below this is as good as none. Its coordinate is so many times as wide as others,
 # which leaves a curve over it all but free: the prior of a cubic grows with the sixth power.
 _LEAST_LOSS, _LOSS_SPAN = 1e-3, 3.0
+# Channels that count for none: what leaving a block out is to the logarithm.
+_NONE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,8 +77,9 @@ class Forecaster:
     """Models of all columns that only measuring tells, fitted anew when more is told.
 
     A point of the models has one coordinate per group: the logarithm of its kept channels, from 0
-    at the narrowest to 1 at the widest. Where a loss is guessed, its logarithm is one more: a
-    measured loss is nearly a curve over it, so the models need not learn every group by itself.
+    at the narrowest to 1 at the widest; none count as half of one. Where a loss is guessed, its
+    logarithm is one more: a measured loss is nearly a curve over it, so the models need not learn
+    every group by itself.
 
     Args:
         space: Bounds the channels of each group.
@@ -84,7 +87,8 @@ class Forecaster:
     """
 
     def __init__(self, space: SearchSpace, foresight: Foresight) -> None:
-        low, high = (np.log(np.array(p.keep)) for p in (space.cheapest(), space.dearest()))
+        ends = (space.cheapest(), space.dearest())
+        low, high = (np.log(np.maximum(p.keep, _NONE)) for p in ends)
         self._n_groups, self._groups = len(low), np.flatnonzero(high > low)
         self._low, self._span = low[self._groups], (high - low)[self._groups]
         self._foresight = foresight
@@ -95,7 +99,7 @@ class Forecaster:
     def points(self, policies: Sequence[Policy], known: Known) -> FloatArray:
         """`(n, n_free_groups)` coordinates, or one more."""
         keep = widths_of(policies, self._n_groups)
-        points = (np.log(keep[:, self._groups]) - self._low) / self._span
+        points = (np.log(np.maximum(keep[:, self._groups], _NONE)) - self._low) / self._span
         if known.loss is None:
             return np.asarray(points)
         below_all = np.log(np.maximum(known.loss, _LEAST_LOSS)) / -np.log(_LEAST_LOSS)

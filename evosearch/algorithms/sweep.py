@@ -47,14 +47,19 @@ class Sweep:
         self._space = space
         self._foresight = foresight
         self._n_genes = space.n_genes
-        self._values = np.arange(1, values + 1) / (values + 1)
-        self._grid = np.unique([*np.linspace(0, 1, _STEPS + 1), *self._values])
-        alone = self._alone(self._grid)
+        inner = np.arange(1, values + 1) / (values + 1)
+        self._grid = np.unique([*np.linspace(0, 1, _STEPS + 1), *inner])
+        alone = self._alone(np.tile(self._grid, (self._n_genes, 1)))
         policies = space.decode(alone.reshape(-1, self._n_genes))
         cost = foresight(policies).cost.reshape(self._n_genes, -1)
         # `(n_genes, n_grid)` what a gene saves alone, and the odds of channels to go.
         self._saved = (cost[:, :1] - cost) / cost[:, :1]
         self._odds = self._odds_of(alone)
+        # `(n_genes, n_values)` at which each is measured.
+        self._values = np.tile(inner, (self._n_genes, 1))
+        # What all inner values leave as it is, as a block that goes or stays, is seen at its end.
+        seen = self._odds[:, np.searchsorted(self._grid, inner)].any(axis=1)
+        self._values[~seen, -1] = 1.0
 
     @property
     def genomes(self) -> FloatArray:
@@ -103,8 +108,8 @@ class Sweep:
         return np.round(self._curves(alone) ** _POWER, _DIGITS)
 
     def _alone(self, values: FloatArray) -> FloatArray:
-        """`(n_genes, n_values, n_genes)`: each gene at each value, the others at zero."""
-        return np.eye(self._n_genes)[:, None] * values[:, None]
+        """`(n_genes, n_values, n_genes)`: each gene at each of its values, the others at zero."""
+        return np.asarray(np.eye(self._n_genes)[:, None] * values[:, :, None])
 
     def _odds_of(self, alone: FloatArray) -> FloatArray:
         """`(n_genes, n_grid)` channels that go over those that stay, in groups that are cut."""
@@ -121,8 +126,8 @@ class Sweep:
         rises = np.maximum.accumulate(np.maximum(alone, 0.0), axis=1)
         least = _LEAST * max(float(rises.max()), 1e-12)
         curves = np.zeros_like(self._odds)
-        for curve, odds, rise in zip(curves, self._odds, rises, strict=True):
-            at = odds[np.searchsorted(self._grid, self._values)]
+        for curve, odds, rise, values in zip(curves, self._odds, rises, self._values, strict=True):
+            at = odds[np.searchsorted(self._grid, values)]
             seen, some = at > 0, odds > 0
             if not seen.any():
                 continue

@@ -347,7 +347,8 @@ class _Group:
                 values = np.array([row.scores[name][metric] for row in self.rows])
                 columns.append(_stretched(values, metric))
         if combination.widths:
-            keep = np.array([row.policy.keep for row in self.rows]) / self.table.channels
+            # None of a block that is left out count as half of one.
+            keep = np.maximum([row.policy.keep for row in self.rows], 0.5) / self.table.channels
             columns += list(np.log(keep).T)
         return np.array(columns).T
 

@@ -117,10 +117,13 @@ class Compensator:
         Args:
             keep: `(n_channels + 1,)` boolean by flat channel number, as given to the cutter.
         """
+        # Of a block that is left out no channel reads, or is read by, another layer.
         cut = [
             (entry, kept_units)
             for entry in self._entries
             if not (kept_units := keep[entry.units.sources]).all()
+            and kept_units.any()
+            and len(entry.layer.weight)
         ]
         indices: list[NDArray[np.int64]] = []
         for entry, kept_units in cut:

@@ -1,4 +1,7 @@
-"""Cutting a network along a plan that was prepared once: a few index selections per layer."""
+"""Cutting a network along a plan that was prepared once: a few index selections per layer.
+
+Blocks of which no channel is kept are left out: an identity is in their place.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -9,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evosearch.pruning.blocks import put_blocks
 from evosearch.pruning.layers import Channelwise, outputs_per_group
 from evosearch.pruning.table import GroupTable
 
@@ -75,6 +79,7 @@ class Cutter:
         self.network = copy.deepcopy(source) if target is None else target
         dense = dict(source.named_modules())
         self._layers = dict(self.network.named_modules())
+        self._blocks = {block.name: self._layers[block.name] for block in plan.table.blocks}
         self._device = next(source.parameters()).device
         self._tensors: list[_Tensor] = []
         cuts = {entry.name: entry for entry in plan.cuts}
@@ -108,7 +113,7 @@ class Cutter:
         """Narrows the working copy to the kept channels and returns it.
 
         Every tensor is written anew, so that nothing of an earlier cut, compensation or
-        recalibration is left.
+        recalibration is left. Blocks that are left out keep their modules for later cuts.
 
         Args:
             keep: `(n_channels + 1,)` boolean by flat channel number, the last entry True.
@@ -131,6 +136,7 @@ class Cutter:
                 entry.ours.data = tensor.clone() if tensor is entry.dense else tensor
             for layer, per_group, axis in self._resized:
                 _resize(layer, per_group, 0 if axis is None else widths[axis])
+        put_blocks(self.network, self._blocks, self.plan.table.blocks_without(keep))
         return self.network
 
 

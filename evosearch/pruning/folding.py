@@ -35,11 +35,13 @@ class Layout:
         pairs: Names of (layer, norm) that can be folded without changing what is computed.
         head: Name of the layer that returns the network's output, or None.
         tails: Names of convolutions, once norms are folded, with what they can do on the way.
+        blocks: Names of what may be left out.
     """
 
     pairs: tuple[tuple[str, str], ...] = ()
     head: str | None = None
     tails: tuple[tuple[str, Tail], ...] = ()
+    blocks: tuple[str, ...] = ()
 
 
 def _seen(module: nn.Module, example: Tensor) -> Layout:
@@ -139,6 +141,10 @@ def _in_float32(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
     return tuple(x.float() for x in inputs)
 
 
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
 class FastCopy:
     """A working copy that is refreshed from another one and computes the same, faster.
 
@@ -175,15 +181,26 @@ class FastCopy:
             for name, layer in self.module.named_modules()
             if name not in norms and (layer._parameters or layer._buffers)
         }
+        self._blocks = {name: layers[name] for name in layout.blocks}
         if layout.tails and can_fuse(next(dense.parameters()).device, dtype):
             Fused(self.module, dict(layout.tails))
 
     def update(self, source: nn.Module) -> None:
-        """Takes over the tensors of a network of the same layers, whatever their widths."""
+        """Takes over the tensors of a network of the same layers, whatever their widths.
+
+        Blocks that are left out there are passed by here. They stay in their places, as somebody
+        may read by a hook what comes out of them.
+        """
         theirs = dict(source.named_modules())
+        for name, block in self._blocks.items():
+            block.__dict__.pop("forward", None)
+            if isinstance(theirs[name], nn.Identity):
+                block.forward = _itself
         with torch.no_grad():
             for name, layer in self._layers.items():
-                origin = theirs[name]
+                origin = theirs.get(name)
+                if origin is None:  # in a block that is left out
+                    continue
                 for width in _WIDTHS:  # a forward may look at them
                     if hasattr(origin, width):
                         setattr(layer, width, getattr(origin, width))
@@ -196,7 +213,7 @@ class FastCopy:
         """Copies the batch-norm statistics into a network of the same widths."""
         theirs = dict(target.named_modules())
         for name, layer in self._layers.items():
-            if isinstance(layer, Norm) and layer.track_running_stats:
+            if isinstance(layer, Norm) and layer.track_running_stats and name in theirs:
                 for key in ("running_mean", "running_var"):
                     getattr(theirs[name], key).copy_(getattr(layer, key))
 

@@ -19,10 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evosearch.errors import NetworkError, first_line
 from evosearch.networks import Network
+from evosearch.pruning.blocks import find_blocks, inside
 from evosearch.pruning.cutting import CuttingPlan, LayerCut
 from evosearch.pruning.layers import Convolution, Proposal, dimensions, is_channelwise
 from evosearch.pruning.proposals import Positions, output_positions, propose
-from evosearch.pruning.table import Axis, FixedGroup, Group, GroupTable, LayerCost
+from evosearch.pruning.table import Axis, Block, FixedGroup, Group, GroupTable, LayerCost
 
 __all__ = ["trace"]
 
@@ -71,6 +72,19 @@ class _Builder:
             granularity=candidate.granularity,
         )
 
+    def _blocks(self, names: Iterable[str]) -> list[Block]:
+        """Those of the named ones that have channels of their own."""
+        found = []
+        for name in names:
+            groups = tuple(
+                index
+                for index, candidate in enumerate(self.candidates)
+                if all(inside(layer, name) for layer in (*candidate.outs, *candidate.ins))
+            )
+            if groups:
+                found.append(Block(name=name, groups=groups))
+        return found
+
     def _layer(self, name: str, out_axis: int, in_axis: int) -> LayerCost:
         layer = self.layers[name]
         count = self.positions.get(name, (0, (1, 1)))[0]
@@ -110,9 +124,18 @@ class _Builder:
             per_output=bias,
         )
 
-    def build(self, fixed: Iterable[FixedGroup]) -> CuttingPlan:
+    def build(
+        self, fixed: Iterable[FixedGroup] = (), block_names: Iterable[str] = ()
+    ) -> CuttingPlan:
         """The table and the plan."""
         outs, ins = self._sides()
+        blocks = self._blocks(block_names)
+        block_of = {
+            layer: index
+            for index, block in enumerate(blocks)
+            for layer in self.layers
+            if inside(layer, block.name)
+        }
         costs, cuts = [], []
         counted: dict[int, int] = {}
         for name, layer in self.layers.items():
@@ -121,7 +144,7 @@ class _Builder:
             out_size, in_size = dimensions(layer)
             out_axis = self._axis(outs.get(name, np.full(out_size, -1, dtype=np.int64)))
             in_axis = self._axis(ins.get(name, np.full(in_size, -1, dtype=np.int64)))
-            cost = self._layer(name, out_axis, in_axis)
+            cost = replace(self._layer(name, out_axis, in_axis), block=block_of.get(name))
             # Parameters of an earlier layer are counted there; MACs are a layer's own.
             if id(layer.weight) in counted:
                 cost = replace(cost, weights=0)
@@ -138,14 +161,23 @@ class _Builder:
                         in_axis=in_axis if name in ins else None,
                     )
                 )
-        parameters = {id(p): p for layer in self.layers.values() for p in layer.parameters(False)}
-        others = sum(p.numel() for key, p in parameters.items() if key not in counted)
+        owners = {
+            id(p): name for name, layer in self.layers.items() for p in layer.parameters(False)
+        }
+        others = {key: owner for key, owner in owners.items() if key not in counted}
+        sizes = {
+            id(p): p.numel() for layer in self.layers.values() for p in layer.parameters(False)
+        }
+        for index, block in enumerate(blocks):
+            mine = sum(sizes[key] for key, name in others.items() if block_of.get(name) == index)
+            blocks[index] = replace(block, other_params=mine)
         table = GroupTable(
             groups=tuple(self._group(candidate) for candidate in self.candidates),
             fixed=tuple(fixed),
             axes=tuple(self._axes),
             layers=tuple(costs),
-            other_params=others,
+            other_params=sum(sizes[key] for key in others),
+            blocks=tuple(blocks),
         )
         return CuttingPlan(table=table, cuts=tuple(cuts))
 
@@ -227,11 +259,15 @@ def _scaled(module: nn.Module) -> nn.Module:
     return scaled
 
 
-def trace(network: Network) -> CuttingPlan:
+def trace(network: Network, *, blocks: bool = False) -> CuttingPlan:
     """Finds, checks and tabulates the groups of a network.
 
     Groups are checked together by one forward pass in float64 (float32 where the network converts
     by itself); only if that fails, one by one.
+
+    Args:
+        network: The dense network.
+        blocks: Whether to look for blocks that can be left out, too, which takes as long again.
 
     Returns:
         The plan by which any policy is cut; its `table` has groups and costs.
@@ -249,7 +285,7 @@ def trace(network: Network) -> CuttingPlan:
     precise, doubled = _in_double(module, example)
 
     def failure(chosen: Sequence[Proposal]) -> str | None:
-        plan = _Builder(chosen, layers, positions).build(())
+        plan = _Builder(chosen, layers, positions).build()
         return _disagreement(precise, plan, doubled)
 
     chosen = [p for p in proposals if p.reason is None]
@@ -267,13 +303,30 @@ def trace(network: Network) -> CuttingPlan:
     ]
     if not chosen:
         raise NetworkError(f"nothing in {network.spec.name} can be pruned; {_summary(fixed)}")
-    plan = _Builder(chosen, layers, positions).build(fixed)
-    others = max(0, _counted_macs(module, network.example(1)) - plan.table.dense_costs[0])
-    return replace(plan, table=replace(plan.table, other_macs=others))
+    names = find_blocks(module, example) if blocks else []
+    plan = _Builder(chosen, layers, positions).build(fixed, names)
+    return replace(plan, table=_with_other_macs(plan.table, module, network.example(1)))
 
 
-def _counted_macs(module: nn.Module, example: Tensor) -> int:
-    """By torch's own counter, which sees products outside layers, too; 0 if it cannot."""
+def _with_other_macs(table: GroupTable, module: nn.Module, example: Tensor) -> GroupTable:
+    """The table with what no layer of it accounts for, in the network and in each block."""
+    counted = _counted_macs(module, example)
+    whole = max(0, counted.get("", 0) - table.dense_costs[0])
+    keep = np.tile(table.channels, (len(table.blocks), 1))
+    keep[table.in_block] = 0
+    own = table.dense_costs[0] - table.costs(keep)[0]
+    blocks = [
+        replace(block, other_macs=min(whole, max(0, counted.get(block.name, 0) - int(layers))))
+        for block, layers in zip(table.blocks, own, strict=True)
+    ]
+    return replace(table, other_macs=whole, blocks=tuple(blocks))
+
+
+def _counted_macs(module: nn.Module, example: Tensor) -> dict[str, int]:
+    """By torch's own counter, which sees products outside layers, too: by module, "" for all.
+
+    Nothing if it cannot.
+    """
     try:
         # With gradients, and by products one after another: attention in one is not counted.
         with (
@@ -283,8 +336,14 @@ def _counted_macs(module: nn.Module, example: Tensor) -> int:
         ):
             module(example)
     except Exception:  # noqa: BLE001  a user's forward may not bear being watched
-        return 0
-    return int(counter.get_total_flops()) // 2
+        return {}
+    # It puts the class of the network in front of the names.
+    found = {
+        name.partition(".")[2]: int(sum(flops.values())) // 2
+        for name, flops in counter.get_flop_counts().items()
+        if name != "Global"
+    }
+    return {**found, "": int(counter.get_total_flops()) // 2}
 
 
 def _summary(fixed: Sequence[FixedGroup]) -> str:

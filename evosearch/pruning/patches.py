@@ -196,7 +196,8 @@ class PatchCompensator:
         indices: list[NDArray[np.int64]] = []
         for consumer in self._consumers:
             inputs, weight = self._axes[consumer.in_axis].kept(keep), consumer.weight
-            if len(inputs) == weight.shape[1]:
+            # Of a block that is left out no channel reads, or is read by, another layer.
+            if len(inputs) in {0, weight.shape[1]} or not len(consumer.layer.weight):
                 continue
             cut.append(consumer)
             area = weight[0, 0].numel()

@@ -6,7 +6,7 @@ with -1 for a channel that belongs to no group. Layers that share a dimension sh
 A cut keeps some flat numbers; everything else follows by indexing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from evosearch.checks import check_shape
 from evosearch.errors import PolicyError
-from evosearch.latency import AxisWidth, LatencyModel, LayerShape
+from evosearch.latency import AxisWidth, BlockShape, LatencyModel, LayerShape
 from evosearch.policy import Policy, widths_of
 
-__all__ = ["Axis", "FixedGroup", "Group", "GroupTable", "LayerCost"]
+__all__ = ["Axis", "Block", "FixedGroup", "Group", "GroupTable", "LayerCost"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,23 @@ class FixedGroup:
     name: str
     channels: int
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """What can be left out, as it only adds to its input.
+
+    Args:
+        name: Of the module.
+        groups: Indices of the groups whose channels are all inside, at least one. A policy leaves
+            the block out by keeping none of any of them.
+        other_params, other_macs: Of the table's, those that go with it.
+    """
+
+    name: str
+    groups: tuple[int, ...]
+    other_params: int = 0
+    other_macs: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +115,7 @@ class LayerCost:
         weights: Weights per pair of channels: kernel size, times the inputs of a group where there
             are several; 0 where they are an earlier layer's.
         per_output: Further parameters per output channel: bias, batch-norm scale and shift.
+        block: Index of the block that it is part of, and costs nothing without; or None.
     """
 
     name: str
@@ -105,6 +124,31 @@ class LayerCost:
     macs: int
     weights: int
     per_output: int
+    block: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Quadratic:
+    """`keep @ square @ keep + linear @ keep + constant`: what layers cost.
+
+    Args:
+        square: `(n_groups, n_groups)`.
+        linear: `(n_groups,)`.
+        constant: Whatever is kept.
+    """
+
+    square: FloatArray
+    linear: FloatArray
+    constant: float
+
+    def __call__(self, counts: FloatArray) -> FloatArray:
+        """`(n,)` of `(n, n_groups)` kept channels, as floats."""
+        spent = ((counts @ self.square + self.linear) * counts).sum(axis=1)
+        return np.asarray(spent + self.constant)
+
+    def among(self, groups: IntArray) -> "_Quadratic":
+        """The same for kept channels of these groups, where others keep none."""
+        return _Quadratic(self.square[np.ix_(groups, groups)], self.linear[groups], self.constant)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,6 +163,7 @@ class GroupTable:
         other_params: Parameters that no policy changes.
         other_macs: Multiply-accumulates outside layers, as those of attention are; taken not to
             change either.
+        blocks: What can be left out, if that was looked for.
         latency: What foretells the time of a forward pass; None if that was not measured.
     """
 
@@ -128,6 +173,7 @@ class GroupTable:
     layers: tuple[LayerCost, ...]
     other_params: int = 0
     other_macs: int = 0
+    blocks: tuple[Block, ...] = ()
     latency: LatencyModel | None = None
 
     @cached_property
@@ -140,7 +186,7 @@ class GroupTable:
         """`(n_groups,)` of what the kept channels of each group are multiples."""
         return np.array([group.granularity for group in self.groups], dtype=np.int64)
 
-    def mask(self, keep: IntArray, places: IntArray | None = None) -> NDArray[np.bool_]:
+    def mask(self, keep: IntArray, places: IntArray | None = None) -> BoolArray:
         """Which channels are kept: `(n_channels + 1,)` by flat number, the last one True.
 
         Args:
@@ -152,8 +198,31 @@ class GroupTable:
             places = np.arange(len(self.group_of)) - self.offsets[self.group_of]
         return np.append(places < keep[self.group_of], True)
 
+    @cached_property
+    def in_block(self) -> BoolArray:
+        """`(n_blocks, n_groups)`: which groups are inside which block."""
+        found = np.zeros((len(self.blocks), len(self.groups)), dtype=np.bool_)
+        for row, block in zip(found, self.blocks, strict=True):
+            row[list(block.groups)] = True
+        return found
+
+    @cached_property
+    def fewest(self) -> IntArray:
+        """`(n_groups,)` channels that each group can keep at least; none in blocks."""
+        return np.where(self.in_block.any(axis=0), 0, self.granularities)
+
+    def left_out(self, keep: IntArray) -> BoolArray:
+        """`(n, n_blocks)`: which blocks go where `(n, n_groups)` channels are kept."""
+        return np.asarray(keep[:, [block.groups[0] for block in self.blocks]] == 0)
+
+    def blocks_without(self, mask: BoolArray) -> list[str]:
+        """Names of the blocks that go where channels are kept as `mask` says."""
+        counts = np.bincount(self.group_of[mask[:-1]], minlength=len(self.groups))
+        gone = self.left_out(counts[None].astype(np.int64))[0]
+        return [block.name for block, out in zip(self.blocks, gone, strict=True) if out]
+
     def whole(self, keep: IntArray) -> IntArray:
-        """Counts `(..., n_groups)`, at least 1, rounded up to what can be kept."""
+        """Counts `(..., n_groups)` rounded up to what can be kept."""
         return np.asarray(-(-keep // self.granularities) * self.granularities)
 
     @cached_property
@@ -178,9 +247,10 @@ class GroupTable:
             fixed[column] = axis.size - len(used)
         return slope, fixed
 
-    @cached_property
-    def _quadratic(self) -> tuple[tuple[FloatArray, FloatArray, float], ...]:
-        """MACs and parameters are `keep @ square @ keep + linear @ keep + constant`.
+    def _cost_of(
+        self, layers: Iterable[LayerCost], macs: int, params: int
+    ) -> tuple[_Quadratic, ...]:
+        """MACs and parameters of layers and of what else there is.
 
         A layer costs the product of two widths, each linear in what is kept.
         """
@@ -189,20 +259,44 @@ class GroupTable:
         found = np.zeros((2, n, n), dtype=np.int64)
         one = np.eye(n, dtype=np.int64)[-1]
         width = np.concatenate([slope, fixed[None]]).T
-        for layer in self.layers:
+        for layer in layers:
             ins = one if layer.in_axis is None else width[layer.in_axis]
             pair = np.outer(ins, width[layer.out_axis])
             found += np.array([layer.macs, layer.weights])[:, None, None] * pair
             found[1, -1] += layer.per_output * width[layer.out_axis]
-        found[:, -1, -1] += [self.other_macs, self.other_params]
+        found[:, -1, -1] += [macs, params]
         return tuple(
-            (
+            _Quadratic(
                 q[:-1, :-1].astype(np.float64),
                 (q[-1, :-1] + q[:-1, -1]).astype(np.float64),
                 float(q[-1, -1]),
             )
             for q in found
         )
+
+    @cached_property
+    def _quadratic(self) -> tuple[_Quadratic, ...]:
+        """MACs and parameters, all blocks counted."""
+        return self._cost_of(self.layers, self.other_macs, self.other_params)
+
+    @cached_property
+    def _beside(self) -> tuple[tuple[tuple[int, IntArray, _Quadratic], ...], ...]:
+        """MACs and parameters of blocks that do not vanish with their own channels.
+
+        For each a list: the block, the groups outside of it that these hang on, and how. Norms
+        behind the last layer have a scale for each channel of the sum, say.
+        """
+        found: tuple[list[tuple[int, IntArray, _Quadratic]], ...] = ([], [])
+        for index, block in enumerate(self.blocks):
+            mine = [layer for layer in self.layers if layer.block == index]
+            costs = self._cost_of(mine, block.other_macs, block.other_params)
+            for blocks, cost in zip(found, costs, strict=True):
+                outside = np.flatnonzero(cost.square.any(axis=0) | (cost.linear != 0))
+                outside = np.setdiff1d(outside, block.groups)
+                rest = cost.among(outside)
+                if rest.constant or rest.linear.any() or rest.square.any():
+                    blocks.append((index, outside, rest))
+        return tuple(map(tuple, found))
 
     @property
     def dense(self) -> Policy:
@@ -213,8 +307,8 @@ class GroupTable:
         """Checks that a policy fits this network.
 
         Raises:
-            PolicyError: Another number of groups, more channels than there are, or a count that
-                would split what goes together.
+            PolicyError: Another number of groups, more channels than there are, none where that
+                leaves no block out, or a count that would split what goes together.
         """
         if len(policy.keep) != len(self.groups):
             raise PolicyError(
@@ -228,6 +322,20 @@ class GroupTable:
                     f"group {group.name} keeps multiples of {group.granularity} channels, not "
                     f"{count}"
                 )
+        if min(policy.keep, default=1) == 0:
+            self._check_blocks(np.array(policy.keep) == 0)
+
+    def _check_blocks(self, empty: BoolArray) -> None:
+        for block, mine in zip(self.blocks, self.in_block, strict=True):
+            if empty[mine].any() and not empty[mine].all():
+                raise PolicyError(
+                    f"block {block.name} is left out as a whole: keep channels of all of its "
+                    "groups or of none"
+                )
+        lost = np.flatnonzero(empty & ~self.in_block.any(axis=0))
+        if len(lost):
+            names = ", ".join(self.groups[group].name for group in lost)
+            raise PolicyError(f"group {names} would lose every channel; keep at least 1")
 
     def costs(self, keep: IntArray) -> tuple[IntArray, IntArray]:
         """MACs and parameters of many policies at once.
@@ -247,10 +355,14 @@ class GroupTable:
     def _cost(self, keep: IntArray, which: int) -> IntArray:
         keep = np.asarray(keep, dtype=np.int64)
         check_shape(keep, "keep", ("n", len(self.groups)))
-        square, linear, constant = self._quadratic[which]
         # Whole numbers, none negative: floats are as exact, and much faster to multiply.
         counts = keep.astype(np.float64)
-        spent = ((counts @ square + linear) * counts).sum(axis=1) + constant
+        spent = self._quadratic[which](counts)
+        if self.blocks:
+            gone = self.left_out(keep)
+            for block, outside, rest in self._beside[which] if gone.any() else ():
+                rows = np.flatnonzero(gone[:, block])
+                spent[rows] -= rest(counts[rows][:, outside])
         return np.asarray(spent.astype(np.int64))
 
     def costs_of(self, policies: Sequence[Policy]) -> tuple[IntArray, IntArray]:
@@ -289,8 +401,14 @@ class GroupTable:
     def _keep_of(self, policies: Sequence[Policy]) -> IntArray:
         return widths_of(policies, len(self.groups))
 
-    def shapes(self) -> tuple[tuple[AxisWidth, ...], tuple[LayerShape, ...]]:
-        """What the time of a forward pass hangs on: widths of all axes, layers that multiply."""
+    def shapes(
+        self,
+    ) -> tuple[tuple[AxisWidth, ...], tuple[LayerShape, ...], tuple[BlockShape, ...]]:
+        """What the time of a forward pass hangs on.
+
+        Returns:
+            Widths of all axes, layers that multiply, and blocks that can be left out.
+        """
         slope, fixed = self._widths
         axes = tuple(
             AxisWidth(
@@ -307,11 +425,18 @@ class GroupTable:
                 out_axis=layer.out_axis,
                 macs=layer.macs,
                 positions=layer.macs // max(layer.weights, 1),
+                needs=None if layer.block is None else self.blocks[layer.block].groups[0],
             )
             for layer in self.layers
             if layer.macs
         )
-        return axes, layers
+        # What a block returns is as large as what its last layer does.
+        last = {layer.needs: layer for layer in layers if layer.needs is not None}
+        blocks = tuple(
+            BlockShape(needs=group, out_axis=layer.out_axis, positions=layer.positions)
+            for group, layer in last.items()
+        )
+        return axes, layers, blocks
 
     @cached_property
     def dense_costs(self) -> tuple[int, int]:

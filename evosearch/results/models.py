@@ -154,7 +154,7 @@ def read_pruned(
         raise NetworkError(f"{file} is not a pruned network of evosearch ({told})") from exc
     with torch.inference_mode(mode=False):  # groups are found by autograd
         dense = _dense(file, pruned, network)
-        plan = trace(dense)
+        plan = trace(dense, blocks=0 in pruned.keep)
     groups = tuple((group.name, group.channels) for group in plan.table.groups)
     if tuple(group for group in groups if group in pruned.groups) != pruned.groups:
         raise NetworkError(

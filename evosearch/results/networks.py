@@ -7,6 +7,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import numpy as np
+
 from evosearch.assembly import Assembled, assemble, assemble_again
 from evosearch.errors import BackendError, ConfigError, DataError, NetworkError, out_of_memory
 from evosearch.facts import read_facts
@@ -136,6 +138,7 @@ class NetworkWriter:
         self.recipe = recorded.recipe
         self.weights = recorded.weights
         self.dense = workload.network()
+        self._table = workload.plan.table
         wanted = recorded.gpus_per_worker
         device = local_device(wanted)
         self._scorer = Scorer(workload, device)
@@ -154,9 +157,11 @@ class NetworkWriter:
         time = "" if latency is None else f"{latency:.1%} of the time, "
         if row.timed is not None:
             time = f"{row.timed:.1%} of the time ({latency:.1%} foreseen), "
+        count = int(self._table.left_out(np.array([row.policy.keep])).sum())
+        blocks = f", {count} block{'s' if count > 1 else ''} left out" if count else ""
         return (
             f"{self.dense.spec.name} with {time}{row.values['macs']:.1%} of the MACs and "
-            f"{row.values['params']:.1%} of the parameters"
+            f"{row.values['params']:.1%} of the parameters{blocks}"
         )
 
     def check(self, row: Row) -> None:

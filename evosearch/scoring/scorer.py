@@ -4,6 +4,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from evosearch.policy import Policy
 from evosearch.pruning.blending import Blends
 from evosearch.pruning.compensation import Compensator
 from evosearch.pruning.cutting import Cutter
-from evosearch.pruning.folding import FastCopy, Layout
+from evosearch.pruning.folding import FastCopy
 from evosearch.pruning.layers import Norm
 from evosearch.pruning.patches import PatchCompensator
 from evosearch.pruning.reconstruction import Reconstructor
@@ -134,7 +135,8 @@ class Scorer:
         # of it that are made for speed.
         self._measured = FastCopy(dense, workload.layout, dtype)
         self._distortion = Distortion(self._measured.module, workload.features, device)
-        self._recalibrated = FastCopy(dense, Layout(head=workload.layout.head), dtype)
+        plain = replace(workload.layout, pairs=(), tails=())
+        self._recalibrated = FastCopy(dense, plain, dtype)
         self._norms = [
             layer
             for layer in self._recalibrated.module.modules()

@@ -31,6 +31,8 @@ _PASSES, _LEAST_SECONDS, _MOST_SECONDS = 3, 0.02, 0.1
 _MOST_BYTES = 500_000_000
 # Two are enough for one network and the reference that each one is timed beside.
 _SESSIONS = 2
+# Of networks with other blocks left out, which have other tensors.
+_GRAPHS = 8
 # Of the largest output, between a runtime and PyTorch.
 _TOLERANCE = 1e-2
 
@@ -57,12 +59,12 @@ def eager_seconds(module: nn.Module, images: Tensor) -> float:
 class OnnxRuntimeSeconds:
     """Of ONNX Runtime on the CPU, with as many threads as torch has.
 
-    Exporting takes seconds, so it is done once; narrower networks borrow that graph, if it computes
-    what they do then, and get one of their own else.
+    Exporting takes seconds, so it is done once for networks with the same blocks; narrower ones
+    borrow that graph, if it computes what they do then, and get one of their own else.
     """
 
     def __init__(self) -> None:
-        self._graph: Any = None
+        self._graphs: dict[str, Any] = {}
         self._models: dict[str, bytes] = {}
         self._runners: dict[str, Callable[[Tensor], Any]] = {}
 
@@ -72,7 +74,7 @@ class OnnxRuntimeSeconds:
         Raises:
             ConfigError: ONNX Runtime is not installed, or cannot run the network.
         """
-        key = str([tuple(value.shape) for value in module.state_dict().values()])
+        key = str({name: tuple(value.shape) for name, value in module.state_dict().items()})
         if key not in self._runners:
             if len(self._runners) >= _SESSIONS:
                 del self._runners[_second(self._runners)]
@@ -99,11 +101,12 @@ class OnnxRuntimeSeconds:
     def _borrowed(
         self, module: nn.Module, images: Tensor, wanted: Any, threads: int
     ) -> tuple[bytes, Callable[[Tensor], Any]] | None:
-        """The first network's graph with these weights, if that does."""
-        if self._graph is None:
+        """The graph of the first network with the same blocks, with these weights, if that does."""
+        graph = self._graphs.get(_tensor_names(module))
+        if graph is None:
             return None
         try:
-            model = serialized(optimized(with_weights_of(self._graph, module)))
+            model = serialized(optimized(with_weights_of(graph, module)))
             run = onnx_runner(model, threads)
             found = run(images)
         except ConfigError:
@@ -125,10 +128,16 @@ class OnnxRuntimeSeconds:
             # What fixes the number of images cannot lend its graph, but can be timed.
             program = exported_program(module, images, fixed=True)
         found = onnx_model(program, {}, folded=False)
-        if self._graph is None:
-            self._graph = found
+        if _tensor_names(module) not in self._graphs:
+            while len(self._graphs) >= _GRAPHS:
+                del self._graphs[_second(self._graphs)]
+            self._graphs[_tensor_names(module)] = found
         model = serialized(optimized(found))
         return model, onnx_runner(model, threads)
+
+
+def _tensor_names(module: nn.Module) -> str:
+    return " ".join(module.state_dict())
 
 
 def _second(kept: dict[str, Any]) -> str:

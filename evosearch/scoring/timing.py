@@ -26,6 +26,8 @@ IntArray = NDArray[np.int64]
 
 # Policies that are timed, the dense network among them; fewer than the least foretell nothing.
 _POLICIES, _LEAST = 64, 16
+# Chances of a block to be left out, by turns.
+_LEFT_OUT = (0.0, 0.2, 0.6, 0.4, 0.0, 0.8, 0.3, 1.0)
 # Policies are timed in turns, until so much time is spent.
 _SECONDS, _LEAST_TURNS, _MOST_TURNS = 30.0, 2, 5
 # So many of those that a search chose; between, it can be stopped.
@@ -85,9 +87,8 @@ def time_passes(
             f"latency: of {len(keep)} networks of random widths only {timed.sum()} could be run; "
             "leave latency out of search and space"
         )
-    axes, layers = plan.table.shapes()
     channels = plan.table.channels.tolist()
-    model = fit_latency(axes, layers, channels, keep[timed], seconds[timed])
+    model = fit_latency(plan.table.shapes(), channels, keep[timed], seconds[timed])
     return model.model_copy(update={"odd": odd})
 
 
@@ -101,9 +102,8 @@ def even_and_odd(table: GroupTable) -> IntArray:
 def stand_in(table: GroupTable) -> LatencyModel:
     """A model before anything is timed, as if MACs were seconds: for checks of spelling alone."""
     keep = draw_widths(table, _POLICIES, 0)
-    axes, layers = table.shapes()
     seconds = np.asarray(table.costs(keep)[0], dtype=np.float64)
-    return fit_latency(axes, layers, table.channels.tolist(), keep, seconds)
+    return fit_latency(table.shapes(), table.channels.tolist(), keep, seconds)
 
 
 def shares_of(
@@ -196,10 +196,12 @@ def draw_widths(table: GroupTable, n: int, seed: int, round_to: int = 1) -> IntA
     """`(n, n_groups)` kept channels: dense, then random ones.
 
     Half of them lie about random levels, so that all costs are seen; half are random in each group,
-    as a search narrows some groups far and others not at all.
+    as a search narrows some groups far and others not at all. Where blocks can be left out, one
+    policy in four has all of them; the others lack one of six random choices of them, few as some
+    stopwatches need long for each.
 
     Args:
-        table: Knows the groups.
+        table: Knows the groups, and the blocks if any may go.
         n: How many policies.
         seed: Of what is random.
         round_to: Widths are multiples of this, or all channels; of grouped convolutions, whole
@@ -211,6 +213,10 @@ def draw_widths(table: GroupTable, n: int, seed: int, round_to: int = 1) -> IntA
     shares[n // 2 :] = rng.uniform(0.05, 1.0, size=(n - n // 2, len(table.groups)))
     wanted = np.ceil(table.channels * shares.clip(0.05, 1.0) / round_to) * round_to
     keep = table.whole(np.minimum(wanted.astype(np.int64), table.channels))
+    if table.blocks:
+        chance = np.array(_LEFT_OUT)[:, None]
+        out = rng.random((len(_LEFT_OUT), len(table.blocks))) < chance
+        keep[(out @ table.in_block)[np.arange(n) % len(_LEFT_OUT)]] = 0
     keep[0] = table.channels
     return np.asarray(keep)
 

@@ -363,7 +363,10 @@ def prepare_workload(
     proxy = proxy_named(settings.name)
     with on_threads(1):
         layer = _feature_layer(network, plan)
-        layout = layout_of(network, watched=() if layer is None else (layer,))
+        layout = replace(
+            layout_of(network, watched=() if layer is None else (layer,)),
+            blocks=tuple(block.name for block in plan.table.blocks),
+        )
         size = settings.batch_size
         outputs, features = _dense_answers(network, layout, layer, validation, size)
         dense = outputs.numpy()

@@ -25,10 +25,15 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "round_to": 8,
         "project_onto": {"macs": 0.5},
     },
+    "blocks": {"blocks": True},
+    "blocks-by-stage-and-8": {"blocks": True, "grouping": "stage", "round_to": 8},
+    "half-the-macs-and-blocks": {"blocks": True, "project_onto": {"macs": 0.5}},
+    "a-tenth-and-blocks": {"blocks": True, "sparsity": [0.0, 0.75], "project_onto": {"macs": 0.1}},
 }
 GROUPED = "regnet_y_400mf"  # whose convolutions have groups of 8 channels
 CASES = [
     *((GROUPED, name) for name in ("layer", "narrow", "half-the-macs-by-stage-and-8")),
+    *((GROUPED, name) for name in ("blocks", "half-the-macs-and-blocks")),
     *(("resnet20", configuration) for configuration in CONFIGURATIONS),
     *(("lenet-5", name) for name in ("layer", "round-to-8", "narrow", "half-the-params")),
     *(("vgg16-cifar", name) for name in ("layer", "stage", "half-the-macs-by-stage-and-8")),
@@ -38,7 +43,8 @@ CASES = [
 @cache
 def traced(network: str) -> GroupTable:
     shape = (3, 64, 64) if network == GROUPED else None
-    return trace(load_network(NetworkSpec(name=network, input_shape=shape))).table
+    dense = load_network(NetworkSpec(name=network, input_shape=shape))
+    return trace(dense, blocks=network in (GROUPED, "resnet20")).table
 
 
 @pytest.mark.parametrize(("network", "configuration"), CASES)

@@ -27,8 +27,7 @@ def seconds_of(table: GroupTable, keep: IntArray) -> FloatArray:
 
 def timed(table: GroupTable) -> GroupTable:
     """The table with a model of such seconds."""
-    axes, layers = table.shapes()
     keep = random_widths(table)
     channels = table.channels.tolist()
-    model = fit_latency(axes, layers, channels, keep, seconds_of(table, keep))
+    model = fit_latency(table.shapes(), channels, keep, seconds_of(table, keep))
     return replace(table, latency=model)

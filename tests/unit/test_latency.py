@@ -1,6 +1,8 @@
 """What foretells the time of a forward pass."""
 
 import copy
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -36,8 +38,7 @@ def model_of(table: GroupTable) -> LatencyModel:
 
 
 def refitted(table: GroupTable, keep: IntArray, seconds: FloatArray) -> LatencyModel:
-    axes, layers = table.shapes()
-    return fit_latency(axes, layers, table.channels.tolist(), keep, seconds)
+    return fit_latency(table.shapes(), table.channels.tolist(), keep, seconds)
 
 
 def test_seconds_that_follow_from_widths_are_found_again() -> None:
@@ -264,11 +265,10 @@ def test_the_error_is_that_on_policies_that_a_fit_has_not_seen() -> None:
     table = chain_table()
     keep = random_widths(table)[:20]
     seconds = seconds_of(table, keep) * np.random.default_rng(0).normal(1, 0.2, 20)
-    axes, layers = table.shapes()
     errors = []
     for fold in range(5):
         out = np.arange(20) % 5 == fold
-        model = fit_latency(axes, layers, table.channels.tolist(), keep[~out], seconds[~out])
+        model = fit_latency(table.shapes(), table.channels.tolist(), keep[~out], seconds[~out])
         errors += list(np.abs(model.seconds(keep[out]) / seconds[out] - 1))
     assert refitted(table, keep, seconds).error == pytest.approx(np.mean(errors), rel=1e-6)
 
@@ -291,7 +291,7 @@ def test_kernels_of_two_sizes_have_speeds_of_their_own() -> None:
     keep[0] = 64
     one, two, three = keep.T
     slow, fast = 1e-8 * positions * two * three, 1e-9 * 9 * positions * (3 + two) * one
-    model = fit_latency(axes, layers, [64] * 3, keep, 1e-4 + slow + fast)
+    model = fit_latency((axes, layers, ()), [64] * 3, keep, 1e-4 + slow + fast)
     assert model.error < 1e-3
 
 
@@ -316,3 +316,75 @@ def test_a_slow_moment_of_another_network_is_none_of_the_dense_one() -> None:
     seconds = seconds_of(table, keep)
     seconds[7] *= 5
     assert refitted(table, keep, seconds).dense_seconds == seconds[0]
+
+
+@cache
+def resnet_with_blocks() -> GroupTable:
+    return trace(load_network(NetworkSpec(name="resnet20")), blocks=True).table
+
+
+def seconds_by_block(table: GroupTable, keep: IntArray) -> FloatArray:
+    """A millisecond, a nanosecond for each MAC, a tenth of a millisecond for each block."""
+    there = (~table.left_out(keep)).sum(axis=1)
+    return np.asarray(1e-3 + 1e-9 * table.costs(keep)[0] + 1e-4 * there)
+
+
+def test_blocks_that_are_left_out_save_what_they_take() -> None:
+    table = resnet_with_blocks()
+    keep = timing.draw_widths(table, 64, 0)
+    model = refitted(table, keep, seconds_by_block(table, keep))
+    other = timing.draw_widths(table, 60, 1)
+    np.testing.assert_allclose(model.seconds(other), seconds_by_block(table, other), rtol=1e-2)
+    assert model.error < 5e-3
+    again = LatencyModel.model_validate_json(model.model_dump_json())
+    assert (again.seconds(other) == model.seconds(other)).all()
+    # Were all of them there, they would be part of what no width changes.
+    whole = keep[~table.left_out(keep).any(axis=1)]
+    assert all(term.axes for term in refitted(table, whole, seconds_by_block(table, whole)).terms)
+
+
+def test_networks_without_blocks_are_drawn_where_they_may_go() -> None:
+    table = resnet_with_blocks()
+    keep = timing.draw_widths(table, 64, 0)
+    assert (keep[0] == table.channels).all()
+    for row in keep:
+        table.check(Policy(tuple(row.tolist())))
+    out = table.left_out(keep)
+    assert (~out.any(axis=1)).sum() == 16
+    assert out.all(axis=1).sum() == 8
+    assert len({tuple(row) for row in out}) == 7
+    plain = replace(table, blocks=())
+    assert (timing.draw_widths(plain, 64, 0)[:, 3] > 0).all()
+
+
+def test_layers_of_a_block_take_no_time_without_it() -> None:
+    """Also those that read and write channels that stay."""
+    torch.manual_seed(0)
+    network, _ = own(Depthwise())
+    table = trace(network, blocks=True).table
+    keep = timing.draw_widths(table, 64, 0)
+    seconds = 1e-4 + 1e-8 * table.costs(keep)[0]
+    model = refitted(table, keep, seconds)
+    np.testing.assert_allclose(model.seconds(keep), seconds, rtol=1e-3)
+
+
+class Depthwise(nn.Module):
+    """A block that first convolves each channel of the stream by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.fc = nn.Conv2d(3, 8, 3), InvertedBlock(), nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.fc(self.body(self.stem(x)).mean((2, 3)))
+        return logits
+
+
+class InvertedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.wide, self.narrow = nn.Conv2d(8, 20, 1), nn.Conv2d(20, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.narrow(self.wide(self.each(x)).relu())

@@ -446,3 +446,117 @@ def test_where_no_multiple_lies_within_the_bounds_the_nearest_width_is_kept() ->
     space = LayerSparsity(chain_table((20, 27)), options)
     # 13 and 17.55 channels are asked for, and 16 lies next to both.
     assert space.decode(np.array([[0.5, 0.5]])) == [Policy((16, 16))]
+
+
+@cache
+def with_blocks() -> GroupTable:
+    return timed(trace(load_network(NetworkSpec(name="resnet20")), blocks=True).table)
+
+
+def blocks_out(table: GroupTable, policies: list[Policy]) -> NDArray[np.bool_]:
+    return table.left_out(np.array([policy.keep for policy in policies]))
+
+
+def test_blocks_are_left_out_above_three_quarters() -> None:
+    table = with_blocks()
+    space = LayerSparsity(table, {"blocks": True})
+    n = len(table.groups)
+    assert space.n_genes == n + len(table.blocks)
+    assert space.gene_names[n:] == tuple(f"block:{block.name}" for block in table.blocks)
+    genomes = np.full((4, space.n_genes), 0.5)
+    genomes[1:, n + 2] = 0.75, 0.7501, 1.0
+    policies = space.decode(genomes)
+    assert policies[0] == policies[1]
+    assert policies[2] == policies[3]
+    (group,) = table.blocks[2].groups
+    expected = list(policies[0].keep)
+    expected[group] = 0
+    assert policies[2].keep == tuple(expected)
+
+
+def test_blocks_stay_unless_they_may_go() -> None:
+    table = with_blocks()
+    plain, same = LayerSparsity(table, {}), LayerSparsity(timed_plain(), {})
+    assert plain.n_genes == same.n_genes == len(table.groups)
+    assert min(plain.cheapest().keep) > 0
+    genomes = np.random.default_rng(0).random((20, plain.n_genes))
+    assert plain.decode(genomes) == same.decode(genomes)
+
+
+def timed_plain() -> GroupTable:
+    return traced("resnet20")
+
+
+def test_a_network_without_blocks_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"space\.blocks: no block of this network can be"):
+        LayerSparsity(chain_table(), {"blocks": True})
+
+
+def test_uniform_ratios_keep_all_blocks_and_the_cheapest_none() -> None:
+    table = with_blocks()
+    space = LayerSparsity(table, {"blocks": True})
+    assert not blocks_out(table, space.decode(space.ladder(30))).any()
+    assert blocks_out(table, [space.cheapest()]).all()
+    assert not blocks_out(table, [space.dearest()]).any()
+
+
+@some
+@given(st.sampled_from(["macs", "params", "latency"]), st.floats(0.0, 1.0), st.data())
+def test_budgets_are_spent_whatever_blocks_a_genome_leaves_out(
+    name: str, place: float, data: st.DataObject
+) -> None:
+    table = with_blocks()
+    free = LayerSparsity(table, {"blocks": True})
+    ends = table.shares_of([free.cheapest(), free.dearest()])[name]
+    share = float(ends[0] + place * (ends[1] - ends[0]))
+    space = LayerSparsity(table, {"blocks": True, "project_onto": {name: share}})
+    policies = space.decode(data.draw(genomes_of(space)))
+    keep = np.array([policy.keep for policy in policies])
+    spent = table.share(name, keep)
+    assert (spent <= share * (1 + 1e-8)).all()
+    # Not a level more fits, in any group that is there.
+    for row, cost in zip(keep, spent, strict=True):
+        for group in np.flatnonzero((row > 0) & (row < table.channels)):
+            wider = row.copy()
+            wider[group] = min(w for w in space._levels[group] if w > row[group])
+            assert table.share(name, wider[None])[0] > share or cost == pytest.approx(share)
+
+
+def test_blocks_come_back_where_widths_cannot_spend_the_budget() -> None:
+    table = with_blocks()
+    space = LayerSparsity(table, {"blocks": True, "project_onto": {"macs": 0.6}})
+    n = len(table.groups)
+    genomes = np.zeros((1, space.n_genes))
+    genomes[0, n:] = 0.8 + 0.02 * np.arange(len(table.blocks))
+    (out,) = blocks_out(table, space.decode(genomes))
+    # The lowest genes have come back, and no more of them than must.
+    assert 0 < out.sum() < len(out)
+    assert (np.diff(out.astype(int)) >= 0).all()
+    one_more = table.channels.copy()
+    one_more[table.in_block[np.arange(len(out)) >= len(out) - out.sum() - 1].any(axis=0)] = 0
+    assert table.share("macs", one_more[None])[0] < 0.6
+
+
+def test_blocks_go_where_widths_cannot_keep_to_the_budget() -> None:
+    table = with_blocks()
+    options = {"blocks": True, "sparsity": (0.0, 0.25), "project_onto": {"macs": 0.3}}
+    space = LayerSparsity(table, options)
+    n = len(table.groups)
+    genomes = np.zeros((1, space.n_genes))
+    genomes[0, n:] = 0.1 * np.arange(len(table.blocks))
+    (policy,) = space.decode(genomes)
+    (out,) = blocks_out(table, [policy])
+    assert out.any()
+    # The highest genes went.
+    assert (np.diff(out.astype(int)) >= 0).all()
+    assert table.shares_of([policy])["macs"][0] <= 0.3
+
+
+def test_levels_of_blocks_are_out_and_in() -> None:
+    table = with_blocks()
+    space = LayerSparsity(table, {"blocks": True})
+    levels = space.levels()
+    assert [len(values) for values in levels[len(table.groups) :]] == [2] * len(table.blocks)
+    narrow, wide = (np.array([[values[end] for values in levels]]) for end in (0, -1))
+    assert space.decode(narrow) == [space.cheapest()]
+    assert space.decode(wide) == [space.dearest()]

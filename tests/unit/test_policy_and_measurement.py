@@ -53,9 +53,9 @@ def test_policy_cannot_be_changed() -> None:
         POLICY.keep = (1, 1)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("keep", "groups"), [((0,), "0"), ((3, -1, 0), "1, 2")])
-def test_policy_that_empties_groups_names_them(keep: tuple[int, ...], groups: str) -> None:
-    with pytest.raises(PolicyError, match=rf"groups \[{groups}\] would lose every channel"):
+@pytest.mark.parametrize(("keep", "groups"), [((-1,), "0"), ((3, -1, 0, -2), "1, 3")])
+def test_groups_that_keep_fewer_than_none_are_named(keep: tuple[int, ...], groups: str) -> None:
+    with pytest.raises(PolicyError, match=rf"groups \[{groups}\] would keep fewer"):
         Policy(keep)
 
 
@@ -85,9 +85,10 @@ def test_json_with_other_than_integers_is_refused(text: str) -> None:
         Policy.from_json(text)
 
 
-def test_json_that_empties_a_group_is_refused() -> None:
-    with pytest.raises(PolicyError, match="would lose every channel"):
-        Policy.from_json('{"keep": [4, 0]}')
+def test_json_of_fewer_channels_than_none_is_refused() -> None:
+    assert Policy.from_json('{"keep": [4, 0]}') == Policy((4, 0))
+    with pytest.raises(PolicyError, match="would keep fewer channels than none"):
+        Policy.from_json('{"keep": [4, -1]}')
 
 
 # --- blends

@@ -24,6 +24,7 @@ from evosearch.networks.onnx_models import (
     with_weights_of,
 )
 from evosearch.pruning.cutting import Cutter
+from evosearch.pruning.groups import trace
 from evosearch.recipe import LatencyRecipe
 from evosearch.scoring import stopwatches, timing
 from evosearch.scoring.timing import draw_widths, seconds_of, shares_of
@@ -241,6 +242,26 @@ def test_networks_are_timed_by_a_graph_that_fits(
     seconds = seconds_of(network, plan, LatencyRecipe(measure="onnxruntime", images=2), keep)
     assert len(exported) == graphs
     assert np.isfinite(seconds).all()
+
+
+def test_networks_with_the_same_blocks_are_timed_by_one_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exported: list[nn.Module] = []
+
+    def counted(module: nn.Module, images: Tensor, **options: Any) -> Any:
+        exported.append(module)
+        return exported_program(module, images, **options)
+
+    monkeypatch.setattr(stopwatches, "exported_program", counted)
+    network = load_network(NetworkSpec(name="resnet20"))
+    plan = trace(network, blocks=True)
+    keep = np.tile(plan.table.channels, (6, 1))
+    keep[1::2] //= 2
+    keep[2:4, 1] = keep[4:, 2] = 0
+    seconds = seconds_of(network, plan, LatencyRecipe(measure="onnxruntime"), keep)
+    assert len(exported) == 3
+    assert seconds[2:].max() < seconds[0]
 
 
 def test_time_of_the_runtime_grows_with_the_network() -> None:

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from evosearch.algorithms import AlgorithmSettings, Known, Resumable, make_algorithm
 from evosearch.algorithms.base import Algorithm
 from evosearch.algorithms.sweep import Sweep
+from evosearch.networks import NetworkSpec, load_network
 from evosearch.policy import Policy
+from evosearch.pruning.groups import trace
 from evosearch.pruning.table import GroupTable
 from evosearch.space import SearchSpace, make_space
 from evosearch.testing import chain_table
@@ -187,3 +189,31 @@ def test_a_search_that_is_restored_during_its_sweep_asks_for_the_same(n_asks: in
     assert isinstance(later, Resumable)
     later.restore(algorithm.state())
     assert np.array_equal(asked(later, 3), asked(algorithm, 3))
+
+
+def test_blocks_are_measured_left_out() -> None:
+    """Else leaving them out would seem to do nothing."""
+    blocks = trace(load_network(NetworkSpec(name="resnet20")), blocks=True).table
+    with_them = make_space("layer-sparsity", blocks, {"blocks": True})
+
+    def known(policies: Sequence[Policy]) -> Known:
+        cost = np.asarray(blocks.costs_of(policies)[0] / blocks.dense_costs[0])
+        return Known(
+            objectives=np.stack([np.full(len(cost), np.nan), cost], axis=1),
+            violations=np.zeros((len(cost), 1)),
+            cost=cost,
+        )
+
+    n = len(blocks.groups)
+    for values in (1, 3):
+        sweep = Sweep(with_them, known, values)
+        policies = with_them.decode(sweep.genomes)
+        out = blocks.left_out(np.array([policy.keep for policy in policies]))
+        assert (out.sum(axis=0) == 1).all()
+        # Blocks that cost much to lose go last.
+        told = 0.1 + np.where(out.any(axis=1), 5.0, 0.01 * (sweep.genomes > 0).any(axis=1))
+        path = sweep.path(told)
+        gone = blocks.left_out(np.array([p.keep for p in with_them.decode(path)])).any(axis=1)
+        assert gone[-1]
+        first = int(gone.argmax())
+        assert (path[first, :n] > 0.5).all()
