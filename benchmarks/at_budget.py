@@ -1,4 +1,6 @@
-"""Ways to find a policy that spends a share of a published ResNet's MACs, and how it is prepared.
+"""Ways to find a policy that spends a share of a published ResNet's MACs or time.
+
+And how it is prepared.
 
 A policy is chosen by error, margin, divergence or distortion on validation images, of the last
 5,000 training images; the published networks saw them in training, which flatters all methods
@@ -24,6 +26,7 @@ from rivals import Rival
 
 from evosearch.assembly import Assembled, assemble
 from evosearch.data import Images
+from evosearch.errors import BudgetUnreachable
 from evosearch.ledger import Ledger
 from evosearch.materials import as_trained
 from evosearch.measurement import Status
@@ -61,6 +64,7 @@ RANKED = {
     "search.rankings": [{"criterion": "bn-taylor", "scale": "none", "power": 1.0}],
 }
 SWEEP = {**FRONT, "search.algorithm": "sensitivity", "search.options": {"values": 1}}
+BLOCKS = {"space.blocks": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +142,9 @@ METHODS = {
     "searched, distortion": Method(
         proxy=RECONSTRUCTED, search={**SURROGATE, **DISTORTION}, final=RECONSTRUCTED
     ),
+    "searched, distortion, blocks": Method(
+        proxy=RECONSTRUCTED, search={**SURROGATE, **DISTORTION, **BLOCKS}, final=RECONSTRUCTED
+    ),
     "searched, distortion, unranked": Method(
         proxy=RECONSTRUCTED,
         search={**SURROGATE, **DISTORTION, "search.rankings": []},
@@ -214,6 +221,7 @@ class Setting:
         common: Changes that all methods share.
         train: All training images.
         test: All test images.
+        cost: Of which a share is spent, `macs` or `latency`.
         seconds: That searches took, by run directory.
     """
 
@@ -221,7 +229,15 @@ class Setting:
     common: Mapping[str, Any]
     train: Images
     test: Images
+    cost: str = "macs"
     seconds: dict[Path, float] = field(default_factory=dict)
+
+    def budget(self, share: float) -> dict[str, Any]:
+        """Changes that have every policy spend a share of the cost."""
+        return {
+            "space.project_onto": {self.cost: share},
+            "search.constraints": [f"{self.cost} <= {share}"],
+        }
 
     def assembled(self, changes: Mapping[str, Any]) -> Assembled:
         """The objects of the recipe with a method's changes."""
@@ -229,7 +245,9 @@ class Setting:
 
 
 @contextmanager
-def setting(data: Path, network: str, workers: int) -> Iterator[Setting]:
+def setting(
+    data: Path, network: str, workers: int, cost: str = "macs", images_timed: int = 1
+) -> Iterator[Setting]:
     """A setting in a folder that lasts as long as the context."""
     train, test = (images(data, f"cifar10_{part}") for part in ("train", "test"))
     with tempfile.TemporaryDirectory() as name:
@@ -244,12 +262,17 @@ def setting(data: Path, network: str, workers: int) -> Iterator[Setting]:
             "data.name": str(folder / "train.npz"),
             "data.test": str(folder / "test.npz"),
             "run.workers": workers,
+            "latency.images": images_timed,
         }
-        yield Setting(recipe=recipe, common=common, train=train, test=test)
+        yield Setting(recipe=recipe, common=common, train=train, test=test, cost=cost)
 
 
-def uniform(assembled: Assembled, share: float) -> Policy:
-    """The ladder's policy with the most MACs within a budget."""
+def uniform(where: Setting, proxy: Mapping[str, Any], share: float) -> Policy:
+    """The uniform ratio that spends most within a budget."""
+    if where.cost != "macs":  # that of the space that spends it
+        space = where.assembled({**proxy, **where.budget(share)}).space
+        return space.decode(space.ladder(1))[0]
+    assembled = where.assembled(proxy)
     space, table = assembled.space, assembled.workload.plan.table
     policies = space.decode(space.ladder(10**6))
     macs, _ = table.costs_of(policies)
@@ -268,7 +291,7 @@ def searched(where: Setting, changes: Mapping[str, Any], folder: Path, share: fl
     with Ledger.open(folder) as ledger:
         rows = read_results(ledger).rows
     best = min(
-        (row for row in rows if row.status is Status.OK and row.values["macs"] <= share),
+        (row for row in rows if row.status is Status.OK and row.values[where.cost] <= share),
         key=lambda row: row.values[objective],
     )
     return Chosen(
@@ -284,7 +307,7 @@ def found(
 ) -> Chosen:
     """What a method finds; `folder` is where its search runs, or has run."""
     if method.search is None:
-        return Chosen(policy=uniform(where.assembled(method.proxy), share))
+        return Chosen(policy=uniform(where, method.proxy, share))
     if not isinstance(method.search, Mapping):
         workload = where.assembled(method.proxy).workload
         pruned = method.search.search(workload, share, folder.parent, where.common["run.workers"])
@@ -297,8 +320,7 @@ def found(
         "search.evaluations": method.longer * evaluations,
     }
     if not method.serves_all:
-        changes["space.project_onto"] = {"macs": share}
-        changes["search.constraints"] = [f"macs <= {share}"]
+        changes |= where.budget(share)
     return searched(where, changes, folder, share)
 
 
@@ -323,7 +345,11 @@ def choose(
         budget = None if method.serves_all else share
         searching = (str(method.proxy), str(method.search), method.longer, budget, seed)
         run = runs.setdefault(searching, where.recipe.parent / f"run-{len(runs)}")
-        chosen[key] = found(where, method, share, seed, evaluations, run)
+        try:
+            chosen[key] = found(where, method, share, seed, evaluations, run)
+        except BudgetUnreachable as exc:
+            print(f"{share:.0%} {name}: {exc}", flush=True)
+            continue
         print(
             f"{share:.0%} {name}, seed {seed}: {chosen[key].value} after "
             f"{chosen[key].evaluations} in {chosen[key].seconds:.0f} s",
@@ -354,6 +380,12 @@ def by_final(chosen: Mapping[Key, Chosen]) -> list[tuple[Mapping[str, Any], dict
         if mine:
             parts.append((proxy, mine))
     return parts
+
+
+def that_prepares(proxy: Mapping[str, Any], chosen: Mapping[Key, Chosen]) -> dict[str, Any]:
+    """Changes to a recipe whose networks are the chosen ones."""
+    lacking = any(0 in found.policy.keep for found in chosen.values())
+    return {**proxy, **(BLOCKS if lacking else {})}
 
 
 def final_workload(where: Setting, assembled: Assembled, images: int, measured: Images) -> Workload:

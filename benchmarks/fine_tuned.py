@@ -1,14 +1,15 @@
 """Is a searched network still the better one after training?
 
-A published ResNet at half of its MACs: policies found in several ways, prepared as each way does,
-then all fine-tuned alike (SGD, cosine from 0.01, 45,000 training images; with --distillation guided
-by the dense network, as `evosearch finetune` does it). Test top-1 before and
-after; test images are opened once, for the chosen policies. The policy of search seed i is
-fine-tuned with seed i; methods without seeds have one policy, which is fine-tuned with every seed.
+A published ResNet at half of its MACs, or with `--cost latency` of its time: policies found in
+several ways, prepared as each way does, then all fine-tuned alike (SGD, cosine from 0.01, 45,000
+training images; with --distillation guided by the dense network, as `evosearch finetune` does it).
+Test top-1 before and after; test images are opened once, for the chosen policies. The policy of
+search seed i is fine-tuned with seed i; methods without seeds have one policy, which is fine-tuned
+with every seed.
 
     python benchmarks/fine_tuned.py [--data FOLDER] [--network resnet20] [--epochs 5] [--seeds 3]
         [--evaluations 72] [--share 0.5] [--methods "searched, distortion" ...]
-        [--distillation 0.9] [--chosen JSON ...]
+        [--distillation 0.9] [--chosen JSON ...] [--cost latency --images 1]
 """
 
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from at_budget import (
     final_workload,
     mean_and_range,
     setting,
+    that_prepares,
 )
 from common import parser, show, write
 
@@ -52,7 +54,7 @@ def trained(
     options: Any,
 ) -> list[dict[str, Any]]:
     """Records of chosen policies before and after fine-tuning."""
-    assembled = where.assembled(proxy)
+    assembled = where.assembled(that_prepares(proxy, chosen))
     workload = final_workload(where, assembled, options.final, where.test)
     scorer, table = Scorer(workload), workload.plan.table
     # Methods may have found the same policy.
@@ -99,6 +101,8 @@ def main() -> None:
     made.add_argument("--evaluations", type=int, default=72)
     made.add_argument("--final", type=int, default=1024, help="images that prepare networks")
     made.add_argument("--share", type=float, default=0.5)
+    made.add_argument("--cost", choices=("macs", "latency"), default="macs")
+    made.add_argument("--images", type=int, default=1, help="of a pass that is timed")
     made.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(SHOWN))
     made.add_argument("--distillation", type=float, default=0.0)
     made.add_argument(
@@ -108,7 +112,7 @@ def main() -> None:
     torch.set_num_threads(1)
     truth = Truth(epochs=options.epochs, distillation=options.distillation).settled(gpu=False)
     records: list[dict[str, Any]] = []
-    with setting(options.data, options.network, 2) as where:
+    with setting(options.data, options.network, 2, options.cost, options.images) as where:
         before = {
             key: found
             for file in options.chosen
@@ -140,6 +144,7 @@ def main() -> None:
         {
             "network": options.network,
             "share": options.share,
+            "cost": options.cost,
             "truth": truth.settings(),
             "evaluations": options.evaluations,
             "final_calibration": options.final,
