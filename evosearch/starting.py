@@ -4,7 +4,7 @@ Both are worked out once, at launch, and are facts of the run from then on.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,13 @@ def seeds_of_run(source: Path, assembled: Assembled) -> list[list[float]]:
     if not members:
         raise ConfigError(f"--seed-from {source}: that run has no population yet")
     members.sort(key=lambda member: (member.rank, -member.crowding))
-    return [assembled.space.encode(member.policy).tolist() for member in members]
+    found = []
+    for member in members:
+        # Blocks that were left out there, and may not go here, are narrow ones.
+        keep = np.maximum(member.policy.keep, table.fewest).tolist()
+        policy = replace(member.policy, keep=tuple(keep))
+        found.append(assembled.space.encode(policy).tolist())
+    return found
 
 
 def begins_with_rankings(assembled: Assembled) -> bool:

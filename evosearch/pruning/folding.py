@@ -181,7 +181,10 @@ class FastCopy:
             for name, layer in self.module.named_modules()
             if name not in norms and (layer._parameters or layer._buffers)
         }
-        self._blocks = {name: layers[name] for name in layout.blocks}
+        # With the forward of its own that an instance may have been given.
+        self._blocks = {
+            name: (layers[name], layers[name].__dict__.get("forward")) for name in layout.blocks
+        }
         if layout.tails and can_fuse(next(dense.parameters()).device, dtype):
             Fused(self.module, dict(layout.tails))
 
@@ -192,10 +195,12 @@ class FastCopy:
         may read by a hook what comes out of them.
         """
         theirs = dict(source.named_modules())
-        for name, block in self._blocks.items():
-            block.__dict__.pop("forward", None)
-            if isinstance(theirs[name], nn.Identity):
-                block.forward = _itself
+        for name, (block, own) in self._blocks.items():
+            forward = _itself if isinstance(theirs[name], nn.Identity) else own
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward
         with torch.no_grad():
             for name, layer in self._layers.items():
                 origin = theirs.get(name)

@@ -48,6 +48,19 @@ def test_a_search_that_leaves_out_blocks(cli: Cli, recipe: Callable[..., str]) -
     )
 
 
+def test_a_search_that_keeps_all_blocks_can_begin_where_one_left_some_out(
+    cli: Cli, recipe: Callable[..., str]
+) -> None:
+    name = recipe("Residual")
+    cli.here("launch", name, "--out", "first", *BLOCKS, "--evaluations", "16")
+    seeded = ("--seed-from", "first", "--set", "search.seed_share=1.0", "--evaluations", "8")
+    cli.here("launch", name, "--out", "second", *seeded)
+    cli.here("export", "second", "all.csv", "--all")
+    table = pd.read_csv(cli.folder / "all.csv")
+    assert (table.filter(like="keep:") > 0).all(axis=None)
+    assert (table.filter(like=".3.inner") == 1).any(axis=None)
+
+
 def test_blocks_are_told_and_timed(cli: Cli, recipe: Callable[..., str]) -> None:
     name, clock = recipe("Residual"), ("--set", f"latency.measure={TINY}:weigh")
     said = cli.here("profile", name, *clock).stdout

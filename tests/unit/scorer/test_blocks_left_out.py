@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -11,12 +12,16 @@ from evosearch.data import Images, open_source
 from evosearch.errors import NetworkError
 from evosearch.networks import NetworkSpec, load_network
 from evosearch.policy import Policy
+from evosearch.pruning.cutting import Cutter
+from evosearch.pruning.folding import FastCopy, Layout
 from evosearch.pruning.groups import trace
 from evosearch.results.models import load_pruned, save_pruned
 from evosearch.scoring.proxies import PROXIES, ProxySettings
 from evosearch.scoring.scorer import Scorer
 from evosearch.scoring.workload import Workload, logits, prepare_workload
 from tests.unit.scorer.bench import DENSE, HALF, same
+from tests.unit.small_networks import own
+from tests.unit.test_blocks import Adds, Chain
 
 # Without blocks 1.1 and 2.1 in whole widths, and without the last one, too, in half widths.
 WITHOUT = Policy((16, 0, 16, 32, 0, 32, 64, 64, 64))
@@ -99,3 +104,21 @@ def test_a_file_that_lacks_half_a_block_is_refused(tmp_path: Path) -> None:
     save_pruned(file, network, groups, Policy((16, 16, 16, 0, 32, 32, 64, 64, 64)), {})
     with pytest.raises(NetworkError, match=r"layer2\.0\.conv1 would lose every channel"):
         load_pruned(file)
+
+
+def test_a_block_with_a_forward_of_its_instance_keeps_it() -> None:
+    network, _ = own(Chain(Adds(), Adds()))
+    block = network.module.body[0]  # type: ignore[index,union-attr]
+    block.forward = MethodType(lambda self, x: x + 2 * self.branch(x), block)
+    plan = trace(network, blocks=True)
+    assert [b.name for b in plan.table.blocks] == ["body.0", "body.1"]
+    layout = Layout(blocks=("body.0", "body.1"))
+    fast, cutter = FastCopy(network.module, layout, torch.float32), Cutter(plan, network.module)
+    images = network.example(2)
+    for keep in ([8, 6, 6], [8, 0, 6], [5, 0, 3], [8, 6, 6]):
+        small = cutter.cut(plan.table.mask(np.array(keep))).eval()
+        fast.update(small)
+        with torch.inference_mode():
+            torch.testing.assert_close(fast.module(images), small(images))
+    with torch.inference_mode():
+        torch.testing.assert_close(fast.module(images), network.module(images))
