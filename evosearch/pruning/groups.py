@@ -137,7 +137,7 @@ class _Builder:
             if inside(layer, block.name)
         }
         costs, cuts = [], []
-        counted: dict[int, int] = {}
+        counted: set[int] = set()
         for name, layer in self.layers.items():
             if not isinstance(layer, nn.Linear | Convolution) and not is_channelwise(layer):
                 continue
@@ -151,8 +151,7 @@ class _Builder:
             if id(getattr(layer, "bias", None)) in counted:
                 cost = replace(cost, per_output=0)
             costs.append(cost)
-            for parameter in layer.parameters(recurse=False):
-                counted[id(parameter)] = parameter.numel()
+            counted.update(id(parameter) for parameter in layer.parameters(recurse=False))
             if name in outs or name in ins:
                 cuts.append(
                     LayerCut(
@@ -161,23 +160,25 @@ class _Builder:
                         in_axis=in_axis if name in ins else None,
                     )
                 )
-        owners = {
-            id(p): name for name, layer in self.layers.items() for p in layer.parameters(False)
+        # Parameters that no layer above has, such as a scale of the block itself.
+        others = {
+            id(p): (p.numel(), block_of.get(name))
+            for name, layer in self.layers.items()
+            for p in layer.parameters(recurse=False)
+            if id(p) not in counted
         }
-        others = {key: owner for key, owner in owners.items() if key not in counted}
-        sizes = {
-            id(p): p.numel() for layer in self.layers.values() for p in layer.parameters(False)
-        }
-        for index, block in enumerate(blocks):
-            mine = sum(sizes[key] for key, name in others.items() if block_of.get(name) == index)
-            blocks[index] = replace(block, other_params=mine)
         table = GroupTable(
             groups=tuple(self._group(candidate) for candidate in self.candidates),
             fixed=tuple(fixed),
             axes=tuple(self._axes),
             layers=tuple(costs),
-            other_params=sum(sizes[key] for key in others),
-            blocks=tuple(blocks),
+            other_params=sum(size for size, _ in others.values()),
+            blocks=tuple(
+                replace(
+                    block, other_params=sum(n for n, owner in others.values() if owner == index)
+                )
+                for index, block in enumerate(blocks)
+            ),
         )
         return CuttingPlan(table=table, cuts=tuple(cuts))
 
