@@ -17,11 +17,12 @@ setup: .venv/ready
 demo: .venv/ready
 	$(BIN)/evosearch launch quickstart
 
+# Tests start evosearch a hundred times: compiled once, whatever the environment says of that.
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2
 
 # The tests with the lowest versions of all libraries that pyproject.toml allows.
 lowest: .venv-lowest/ready

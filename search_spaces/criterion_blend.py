@@ -136,6 +136,7 @@ class CriterionBlend:
             "sparsity": list(bounds),
             "round_to": options.round_to,
             "grouping": "stage" if options.grouping == "stage" else "layer",
+            "blocks": False,
             "project_onto": None if target is None else target.model_dump(),
         }
 

@@ -330,9 +330,11 @@ class LayerSparsity:
             )
         lowest, highest = self._spent(self._ends)
         if not lowest <= limit <= highest * (1 + 2e-9):
+            less = limit < lowest and "blocks" not in self.options.model_fields_set
+            way_out = "; space.blocks = true may go lower" if less else ""
             raise BudgetUnreachable(
                 f"space.project_onto.{name} = {limit:.4g} is out of reach: within the "
-                f"sparsity bounds it can be {lowest:.4f} to {highest:.4f} of dense"
+                f"sparsity bounds it can be {lowest:.4f} to {highest:.4f} of dense{way_out}"
             )
 
     def _project(self, wanted: FloatArray, wishes: FloatArray) -> IntArray:

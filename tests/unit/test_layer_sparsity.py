@@ -560,3 +560,15 @@ def test_levels_of_blocks_are_out_and_in() -> None:
     narrow, wide = (np.array([[values[end] for values in levels]]) for end in (0, -1))
     assert space.decode(narrow) == [space.cheapest()]
     assert space.decode(wide) == [space.dearest()]
+
+
+def test_a_budget_below_all_widths_says_what_goes_lower() -> None:
+    table = with_blocks()
+    narrow = {"sparsity": (0.0, 0.25), "project_onto": {"macs": 0.3}}
+    with pytest.raises(BudgetUnreachable, match=r"of dense; space\.blocks = true may go lower$"):
+        LayerSparsity(table, narrow)
+    LayerSparsity(table, {**narrow, "blocks": True})
+    with pytest.raises(BudgetUnreachable, match=r"of dense$"):
+        LayerSparsity(table, {**narrow, "blocks": True, "project_onto": {"macs": 0.001}})
+    with pytest.raises(BudgetUnreachable, match=r"of dense$"):
+        LayerSparsity(table, {"sparsity": (0.5, 0.75), "project_onto": {"macs": 0.9}})
