@@ -175,10 +175,11 @@ class LatencyModel(_Part):
             least: `(n_groups,)` the fewest channels that each group can keep.
         """
         narrow = float(self.shares(least[None])[0])
+        few = "as few channels as can be"
         return (
             f"the dense network takes {1e3 * self.dense_seconds:.3g} ms, and {narrow:.0%} of that "
-            f"with as few channels as can be; {self.policies} networks were timed, and are "
-            f"foreseen within {self.error:.1%}"
+            f"with {few if least.all() else f'{few} and no blocks'}; {self.policies} networks were "
+            f"timed, and are foreseen within {self.error:.1%}"
         )
 
     def shares(self, keep: IntArray) -> FloatArray:

@@ -69,7 +69,8 @@ def test_blocks_are_told_and_timed(cli: Cli, recipe: Callable[..., str]) -> None
     assert "blocks      3 may be left out: features.0.3, features.1.3, features.2.3" in said
     assert "genes       9 for 6 groups" in said
     budget = ("--set", "space.project_onto={latency=0.3}", "--evaluations", "8")
-    cli.here("launch", name, "--out", "fast", *clock, *BLOCKS, *budget)
+    said = cli.here("launch", name, "--out", "fast", *clock, *BLOCKS, *budget).stderr
+    assert "of that with as few channels as can be and no blocks; 64 networks" in said
     cli.here("export", "fast", "fast.csv", "--all")
     table = pd.read_csv(cli.folder / "fast.csv")
     assert (table.latency <= 0.3 + 1e-6).all()
