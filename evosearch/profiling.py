@@ -177,11 +177,7 @@ def profile_lines(recipe: Recipe, found: Profile) -> list[str]:
         f"  {group.name:32s} {group.channels:5d} channels fixed: {group.reason}"
         for group in found.fixed
     ]
-    if found.blocks:
-        may = "may be left out" if found.left_out else "stay; with space.blocks = true they may go"
-        names = ", ".join(found.blocks[:_FEW_NAMES])
-        more = ", ..." if len(found.blocks) > _FEW_NAMES else ""
-        lines.append(f"blocks      {len(found.blocks)} {may}: {names}{more}")
+    lines += _block_lines(found)
     titles = {"macs": "MACs", "params": "parameters", "latency": "latency"}
     lines += [
         f"{title:11s} {found.lowest[name]:.1%} to {found.highest[name]:.1%} of dense"
@@ -220,6 +216,16 @@ def profile_lines(recipe: Recipe, found: Profile) -> list[str]:
             "distortion about as well"
         )
     return [*lines, *found.doubts]
+
+
+def _block_lines(found: Profile) -> list[str]:
+    """What can be left out, if anything."""
+    if not found.blocks:
+        return []
+    may = "may be left out" if found.left_out else "stay; with space.blocks = true they may go"
+    names = ", ".join(found.blocks[:_FEW_NAMES])
+    more = ", ..." if len(found.blocks) > _FEW_NAMES else ""
+    return [f"blocks      {len(found.blocks)} {may}: {names}{more}"]
 
 
 def _input_lines(recipe: Recipe, found: Profile) -> list[str]:

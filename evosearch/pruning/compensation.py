@@ -117,7 +117,7 @@ class Compensator:
         Args:
             keep: `(n_channels + 1,)` boolean by flat channel number, as given to the cutter.
         """
-        # Of a block that is left out no channel reads, or is read by, another layer.
+        # Layers of a block that is left out have nothing to fold: no inputs, or no outputs.
         cut = [
             (entry, kept_units)
             for entry in self._entries

@@ -196,7 +196,7 @@ class PatchCompensator:
         indices: list[NDArray[np.int64]] = []
         for consumer in self._consumers:
             inputs, weight = self._axes[consumer.in_axis].kept(keep), consumer.weight
-            # Of a block that is left out no channel reads, or is read by, another layer.
+            # Layers of a block that is left out have nothing to fit: no inputs, or no outputs.
             if len(inputs) in {0, weight.shape[1]} or not len(consumer.layer.weight):
                 continue
             cut.append(consumer)
